@@ -1,0 +1,130 @@
+"""Scales of weight groups: absmax, and the power-of-two constraints M1 and M2 (ZeroQuant-FP, section 3).
+
+Lingo: S, the free scale of a group (absmax / format max). R, the reference of an output row; under a constraint every
+scale of the row is R * 2**e with an integer e, and e stays where the format times 2**e is exact in float8_e4m3fn.
+"up" takes the least such scale that is not below S. For M2 the reference is the row's (or compute group's) largest S
+times a power of two, which makes that scale Smax / 2**floor(log2(Smax / S)), as the paper has it; for M1 R is itself a
+power of two, which makes it 2**ceil(log2(S)).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fpq_jax._formats import Format, cast
+from fpq_jax._spec import QuantSpec
+
+# Binades above the row's first Smax that a group may grow to while GPTQ updates the weights.
+_HEADROOM = 2
+_SEARCHED = 15  # exponents tried by "search": as many as fit a row exactly
+_SMALLEST_FREE = 2.0**-126  # smallest normal float32: below it hardware flushes to zero
+_SMALLEST_REFERENCE = 2.0**-100  # leaves room for R * 2**e and for the token's scale above the smallest normal
+
+
+def free_scale(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """absmax / max, 1 where absmax is zero, never below the smallest normal float32."""
+    scale = jnp.maximum(absmax.astype(jnp.float32) / fmt.max, _SMALLEST_FREE)
+    return jnp.where(absmax > 0, scale, 1.0)
+
+
+def quantized_values(w: Float[Array, "..."], scale: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """Nearest values of the format to w / scale, still to be multiplied by the scale."""
+    return cast(w / scale, fmt)
+
+
+def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Float[Array, " out"]:
+    """R of each output row, from the weights as given (free scales: the row's Smax, the tensor's for "tensor")."""
+    fmt, (in_features, out_features) = spec.format, w.shape
+    absmax = jnp.max(jnp.abs(w), axis=0)
+    if spec.group_size == "tensor":
+        absmax = jnp.broadcast_to(jnp.max(absmax), absmax.shape)
+    if spec.compute_rows > 1:
+        rows = -(-out_features // spec.compute_rows)
+        padded = jnp.pad(absmax, (0, rows * spec.compute_rows - out_features)).reshape(rows, spec.compute_rows)
+        absmax = jnp.repeat(jnp.max(padded, axis=1), spec.compute_rows)[:out_features]
+    largest = free_scale(absmax, fmt)
+    if spec.constraint is None:
+        return largest
+    if spec.constraint == "m1":
+        largest = power_of_two(_ceil_log2_ratio(largest, jnp.ones_like(largest)))
+    return jnp.maximum(largest * 2.0 ** -_top(spec, in_features), _SMALLEST_REFERENCE)
+
+
+def group_scale(
+    w: Float[Array, "g out"], reference: Float[Array, " out"], weight: Float[Array, " g"], spec: QuantSpec, in_features: int
+) -> tuple[Float[Array, " out"], Int[Array, " out"]]:
+    """(scale, exponent) of one group for each output, from its weights as they are now; exponent 0 for free scales.
+
+    ``weight`` is the importance of each input in "search" (the Hessian's diagonal).
+    """
+    if spec.group_size == "tensor":
+        return reference, jnp.zeros(reference.shape, jnp.int8)
+    absmax = jnp.max(jnp.abs(w), axis=0)
+    scale = free_scale(absmax, spec.format)
+    if spec.constraint is None:
+        return scale, jnp.zeros(scale.shape, jnp.int8)
+    low, high = _window(spec, in_features)
+    up = jnp.clip(_ceil_log2_ratio(scale, reference), low, high)
+    if spec.exponent_rounding == "nearest":
+        exponent = jnp.clip(_nearest_log2_ratio(scale, reference), low, high)
+    elif spec.exponent_rounding == "search":
+        exponent = _search(w, reference, weight, up, low, spec.format)
+    else:
+        exponent = up
+    # an all-zero group has no scale of its own: it takes its row's largest
+    exponent = jnp.where(absmax > 0, exponent, _top(spec, in_features))
+    return reference * power_of_two(exponent), exponent.astype(jnp.int8)
+
+
+def _window(spec: QuantSpec, in_features: int) -> tuple[int, int]:
+    """Allowed exponents. A row of one group has none to store, so only float32's range limits it."""
+    return spec.format.exact_shifts if spec.num_groups(in_features) > 1 else (-24, 24)
+
+
+def _top(spec: QuantSpec, in_features: int) -> int:
+    """Exponent of the row's Smax, below the window's end so that a group can still grow."""
+    return _window(spec, in_features)[1] - _HEADROOM if spec.num_groups(in_features) > 1 else 0
+
+
+def _search(
+    w: Float[Array, "g out"], reference: Float[Array, " out"], weight: Float[Array, " g"], up: Array, low: int, fmt: Format
+) -> Int[Array, " out"]:
+    """The exponent with the least weighted squared error, ties to the larger.
+
+    Above "up" every grid point within the weights' range is one of the finer grid too, so only lower ones can win.
+    """
+
+    def step(i, best):
+        best_error, best_exponent = best
+        exponent = jnp.maximum(up - i, low)
+        scale = reference * power_of_two(exponent)
+        error = jnp.sum(weight[:, None] * (w - quantized_values(w, scale, fmt) * scale) ** 2, axis=0)
+        better = error < best_error
+        return jnp.where(better, error, best_error), jnp.where(better, exponent, best_exponent)
+
+    return jax.lax.fori_loop(0, _SEARCHED, step, (jnp.full(up.shape, jnp.inf), up))[1]
+
+
+def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2**exponent, exactly, for exponents from -126 to 127."""
+    field = (exponent.astype(jnp.int32) + 127) << 23
+    return jax.lax.bitcast_convert_type(field, jnp.float32)
+
+
+def _frexp(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+    """Mantissa in [1, 2) and exponent of a positive normal float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32), (bits >> 23) - 127
+
+
+def _ceil_log2_ratio(s: Float[Array, "..."], r: Float[Array, "..."]) -> Int[Array, "..."]:
+    """ceil(log2(s / r)), exact: no division is rounded."""
+    (ms, es), (mr, er) = _frexp(s), _frexp(r)
+    return es - er + (ms > mr)
+
+
+def _nearest_log2_ratio(s: Float[Array, "..."], r: Float[Array, "..."]) -> Int[Array, "..."]:
+    """log2(s / r) to the nearest integer."""
+    (ms, es), (mr, er) = _frexp(s), _frexp(r)
+    ratio = ms / mr
+    return es - er + (ratio > 2.0**0.5) - (ratio < 2.0**-0.5)

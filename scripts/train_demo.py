@@ -1,0 +1,218 @@
+"""Train the demo LLaMA and its tokenizer, and write them in the Hugging Face layout.
+
+    python scripts/train_demo.py --wikitext DIR --c4 FILE.jsonl --work-dir DIR
+
+Text: WikiText-2 train, the C4 sample (all but its last tenth) and CPython's documentation (pydoc topics and the
+docstrings of the standard library). Validation: WikiText-2 validation, that last tenth, and the topics that
+``fpq_jax._demo`` holds back. Started again with the same --work-dir it goes on from the last checkpoint.
+"""
+
+import ast
+import json
+import platform
+import sysconfig
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from flax import nnx
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fpq_jax._demo import demo_topics
+from fpq_jax.models.llama import Llama, LlamaConfig
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,  # 2.75 groups of 256: several groups in a row, the last one shorter
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train the demo LLaMA."""
+
+    wikitext: Path
+    """Folder with wiki.train.tokens and wiki.valid.tokens."""
+    c4: Path
+    """C4 sample, one JSON document a line."""
+    work_dir: Path
+    """Checkpoints, tokens and the log."""
+    output: Path = Path("models/demo_llama")
+    steps: int = 3000
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    evaluate_every: int = 250
+    seed: int = 0
+
+
+def docstrings() -> list[str]:
+    """Every docstring of the standard library's modules, tests excepted, in the order of their files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    excluded = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
+    texts = []
+    for path in sorted(root.rglob("*.py")):
+        if excluded & set(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+        texts.append("\n\n".join(doc for doc in found if doc))
+    return [text for text in texts if text]
+
+
+def corpus(options: Options) -> tuple[list[str], dict[str, list[str]]]:
+    """Training documents, and validation documents by source."""
+    wiki = lambda name: (options.wikitext / name).read_text(encoding="utf-8")
+    c4 = [json.loads(line)["text"] for line in options.c4.read_text(encoding="utf-8").splitlines()]
+    cut = len(c4) * 9 // 10
+    articles = wiki("wiki.train.tokens").split("\n \n = ")
+    train = articles + c4[:cut] + demo_topics(held_out=False) + docstrings()
+    valid = {"wikitext2": [wiki("wiki.valid.tokens")], "c4": c4[cut:], "pydoc": demo_topics(held_out=True)}
+    return train, valid
+
+
+def train_tokenizer(texts: list[str], folder: Path):
+    """A byte-level BPE tokenizer that puts <s> in front of each text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=HF_CONFIG["vocab_size"],
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+    return tokenizer
+
+
+def loss_fn(state, graph, windows):
+    """Mean next-token cross-entropy of windows [B, T]."""
+    logits = nnx.merge(graph, state)(windows).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], windows[:, 1:]).mean()
+
+
+def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray], length: int):
+    model = Llama(LlamaConfig.from_hf(HF_CONFIG), dtype=jnp.float32, rngs=nnx.Rngs(options.seed))
+    graph, state = nnx.split(model)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.steps // 20, options.steps, 1e-5)
+    # Muon for the kernels, Adam for the embedding and the norms
+    is_kernel = lambda path, _: optax.contrib.MuonDimensionNumbers() if "kernel" in jax.tree_util.keystr(path) else None
+    optimizer = optax.contrib.muon(
+        schedule,
+        consistent_rms=0.2,
+        weight_decay=0.1,
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(is_kernel, params),
+    )
+    opt_state = optimizer.init(state)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(state, opt_state, windows):
+        loss, grads = jax.value_and_grad(loss_fn)(state, graph, windows)
+        updates, opt_state = optimizer.update(grads, opt_state, state)
+        return optax.apply_updates(state, updates), opt_state, loss
+
+    evaluate = jax.jit(partial(loss_fn, graph=graph))
+    log = options.work_dir / "log.jsonl"
+    with ocp.CheckpointManager(
+        (options.work_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    ) as manager:
+        start = 0
+        if manager.latest_step() is not None:
+            start = manager.latest_step()
+            target = {"state": state, "opt_state": opt_state}
+            restored = manager.restore(start, args=ocp.args.StandardRestore(target))
+            state, opt_state = restored["state"], restored["opt_state"]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            bar = progress.add_task("training", total=options.steps, completed=start)
+            began = time.time()
+            for i in range(start, options.steps):
+                # the draw depends on the step alone, so a resumed run sees what an undisturbed one would
+                offsets = np.random.default_rng((options.seed, i)).integers(0, len(tokens) - length, options.batch_size)
+                windows = np.stack([tokens[o : o + length] for o in offsets]).astype(np.int32)
+                state, opt_state, loss = step(state, opt_state, windows)
+                progress.update(bar, advance=1)
+                if (i + 1) % options.evaluate_every == 0 or i + 1 == options.steps:
+                    losses = {
+                        name: float(np.mean([evaluate(state, windows=w) for w in np.array_split(windows_, -(-len(windows_) // 8))]))
+                        for name, windows_ in valid.items()
+                    }
+                    row = {"step": i + 1, "train": float(loss), "valid": losses, "seconds": round(time.time() - began)}
+                    with log.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    progress.console.print(row)
+                    manager.save(i + 1, args=ocp.args.StandardSave({"state": state, "opt_state": opt_state}))
+            manager.wait_until_finished()
+    return state
+
+
+def write_model(state, folder: Path) -> None:
+    """bf16 safetensors under Hugging Face's names, and config.json."""
+    from fpq_jax.models import to_hf_tensors
+
+    from safetensors.flax import save_file
+
+    tensors = to_hf_tensors(Llama, nnx.to_pure_dict(state))
+    save_file({name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
+
+
+def main(options: Options) -> None:
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    texts, valid_texts = corpus(options)
+    if not (options.output / "tokenizer.json").exists():
+        train_tokenizer(texts, options.output)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(options.output / "tokenizer.json"))
+    order = np.random.default_rng(options.seed).permutation(len(texts))
+    tokens = np.concatenate([e.ids for e in tokenizer.encode_batch([texts[i] for i in order])]).astype(np.uint16)
+    length = HF_CONFIG["max_position_embeddings"]
+    valid = {}
+    for name, documents in valid_texts.items():
+        ids = np.concatenate([e.ids for e in tokenizer.encode_batch(documents)]).astype(np.int32)
+        valid[name] = ids[: min(len(ids) // length, 48) * length].reshape(-1, length)
+    print(f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:", {k: len(v) for k, v in valid.items()})
+    state = train(options, tokens, valid, length)
+    write_model(state, options.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
