@@ -1,0 +1,46 @@
+"""LLaMA in Flax NNX, and its conversion from Hugging Face checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from fpq_jax.models._convert import (
+    HfCheckpoint,
+    abstract_model,
+    build_model,
+    linear_name,
+    params_of,
+    read_config,
+    to_hf_tensors,
+    with_params,
+)
+from fpq_jax.models._convert import find_architecture as _find_architecture
+from fpq_jax.models.llama import Llama, LlamaConfig
+
+ARCHITECTURES: dict[str, Any] = {"llama": Llama}
+
+
+def open_checkpoint(folder: Path) -> HfCheckpoint:
+    """Open and check a Hugging Face folder of a supported architecture; FpqError says what is wrong."""
+    return HfCheckpoint(folder, ARCHITECTURES)
+
+
+def model_class_of(config: dict[str, Any]) -> Any:
+    """The model class that a config.json asks for."""
+    return _find_architecture(config, ARCHITECTURES)
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "HfCheckpoint",
+    "Llama",
+    "LlamaConfig",
+    "abstract_model",
+    "build_model",
+    "linear_name",
+    "model_class_of",
+    "open_checkpoint",
+    "params_of",
+    "read_config",
+    "to_hf_tensors",
+    "with_params",
+]

@@ -149,17 +149,17 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """The whole model: ``model(tokens)`` gives logits; ``embed``, ``layers`` and ``head`` are its parts in order."""
 
-    # Hugging Face tensor name -> path of our parameter; kernels are transposed on the way
-    TENSORS = (
-        (r"model\.embed_tokens\.weight", "embed_tokens.embedding"),
-        (r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.weight", r"layers.\1.\2.\3.kernel"),
-        (r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.bias", r"layers.\1.\2.\3.bias"),
-        (r"model\.layers\.(\d+)\.(input|post_attention)_layernorm\.weight", r"layers.\1.\2_layernorm.scale"),
-        (r"model\.norm\.weight", "norm.scale"),
-        (r"lm_head\.weight", "lm_head.kernel"),
+    # path of a parameter -> its name in a Hugging Face checkpoint
+    NAMES = (
+        (r"embed_tokens\.embedding", "model.embed_tokens.weight"),
+        (r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.kernel", r"model.layers.\1.\2.\3.weight"),
+        (r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.bias", r"model.layers.\1.\2.\3.bias"),
+        (r"layers\.(\d+)\.(\w+)\.scale", r"model.layers.\1.\2.weight"),
+        (r"norm\.scale", "model.norm.weight"),
+        (r"lm_head\.kernel", "lm_head.weight"),
     )
-    # tensors that old checkpoints carry and nothing needs
-    IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    # tensors that some checkpoints carry and nothing needs: rotary tables, a head that is tied
+    IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
     Config = LlamaConfig
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):

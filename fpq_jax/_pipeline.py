@@ -1,0 +1,202 @@
+"""Layer after layer: capture what each Linear sees, quantize it, go on behind the quantized layer.
+
+Only one layer's weights and Hessians are alive at a time; the hidden states of the calibration windows stay on the
+host between layers. The capturing forward runs as inference will, with quantized activations.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fpq_jax._errors import FpqError
+from fpq_jax._formats import Format
+from fpq_jax._gptq import gptq_with_stats, hessian, output_error
+from fpq_jax._linear import Observed
+from fpq_jax._lorc import lorc
+from fpq_jax._perplexity import batch_size, batches
+from fpq_jax._qtensor import QTensor, dequantize, quantize_array
+from fpq_jax._recipe import LinearRecipe, Recipe
+from fpq_jax._tree import Flat, below
+from fpq_jax.models import HfCheckpoint, abstract_model, linear_name, params_of, with_params
+
+_TOLERANCE = 1.001  # GPTQ's error may exceed rounding's by this factor of float noise
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What became of one Linear. Errors are relative output errors; see ``output_error``.
+
+    shape: [in, out]. rounding_error: of plain rounding under the same scales rule. error: of the final weight, GPTQ
+    and LoRC done. damping: None where GPTQ did not run. notes: what a person should know. fell_back: GPTQ was asked
+    for and rounding was done.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rounding_error: float
+    error: float
+    damping: float | None
+    seconds: float
+    notes: tuple[str, ...] = ()
+    fell_back: bool = False
+
+
+def linears(checkpoint: HfCheckpoint) -> dict[str, str]:
+    """Path of each decoder Linear's kernel -> the Linear's name in the Hugging Face checkpoint."""
+    kernels = (path for path in checkpoint.shapes if path.startswith("layers.") and path.endswith(".kernel"))
+    return {path: linear_name(checkpoint.model_class, path) for path in kernels}
+
+
+def quantize_checkpoint(
+    checkpoint: HfCheckpoint,
+    recipe: Recipe,
+    windows: Int[np.ndarray, "N L"],
+    dtype: jnp.dtype,
+    *,
+    seed: int = 0,
+    on_linear: Callable[[LinearResult], None] = lambda result: None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> tuple[Flat, list[LinearResult]]:
+    """All parameters by path, the quantized kernels as QTensors of NumPy arrays, and a result per Linear, in order."""
+    names = linears(checkpoint)
+    what = recipe.for_linears(names.values())
+    model = abstract_model(checkpoint.model_class, checkpoint.model_config, dtype)
+    size = batch_size(*windows.shape)
+    cut = batches(windows, size)
+    masks = [np.broadcast_to(np.arange(size)[:, None] < real, batch.shape) for batch, real in cut]
+    positions = jnp.broadcast_to(jnp.arange(windows.shape[1]), cut[0][0].shape)
+
+    params = checkpoint.read(dtype, "embed")
+    hidden = _embed(model, params, [batch for batch, _ in cut], positions)
+    results: list[LinearResult] = []
+    for i, layer in enumerate(model.layers):
+        prefix = f"layers.{i}."
+        weights = below(checkpoint.read(dtype, prefix), prefix)
+        todo = {path: r for path in weights if (r := what.get(names.get(prefix + path, ""))) is not None}
+        hessians = _hessians(layer, weights, todo, hidden, positions, masks)
+        for path, linear_recipe in todo.items():
+            q, result = _quantize_linear(names[prefix + path], weights[path], hessians[path], linear_recipe, seed)
+            weights[path] = jax.device_get(q)
+            results.append(result)
+            on_linear(result)
+        if i + 1 < len(model.layers):
+            graph, state = nnx.split(with_params(layer, weights))
+            state = jax.device_put(state)
+            hidden = [np.asarray(_forward(graph, state, h, positions)) for h in hidden]
+        params.update({prefix + path: leaf for path, leaf in weights.items()})
+        on_layer()
+    for path in checkpoint.shapes.keys() - params.keys():
+        params.update(checkpoint.read(dtype, path))
+    return params, results
+
+
+def _embed(model: Any, params: Flat, tokens: list[np.ndarray], positions: Array) -> list[np.ndarray]:
+    """The first layer's input for each batch of tokens, on the host."""
+
+    # the other parameters stay abstract: embedding needs none of them
+    @jax.jit
+    def embed(params: Flat, batch: Array) -> Array:
+        return with_params(model, params).embed(batch, positions)
+
+    return [np.asarray(embed(params, batch)) for batch in tokens]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _forward(graph: Any, state: Any, hidden: Float[Array, "B L D"], positions: Array) -> Float[Array, "B L D"]:
+    return nnx.merge(graph, state)(hidden, positions)[0]
+
+
+def _hessians(
+    layer: Any, weights: Flat, todo: dict[str, LinearRecipe], hidden: list[np.ndarray], positions: Array, masks: list
+) -> dict[str, Float[Array, "in in"]]:
+    """Mean x^T x over all calibration tokens for the input of each kernel in ``todo``; Linears that share their
+    input share the array."""
+    if not todo:
+        return {}
+    graph, state = nnx.split(with_params(layer, weights))
+    state = jax.device_put(state)
+    activations = tuple((path, recipe.spec.activation) for path, recipe in todo.items())
+    sums = None
+    for h, mask in zip(hidden, masks, strict=True):
+        new = _observe(graph, activations, state, h, positions, mask)
+        sums = new if sums is None else _add(sums, new)
+    tokens = float(sum(mask.sum() for mask in masks))
+    return {path: total / tokens for paths, total in sums.items() for path in paths}
+
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _observe(
+    graph: Any,
+    activations: tuple[tuple[str, Format | None], ...],
+    state: Any,
+    hidden: Float[Array, "B L D"],
+    positions: Array,
+    mask: Array,
+) -> dict[tuple[str, ...], Float[Array, "in in"]]:
+    """One forward pass of a layer: X^T X of each distinct Linear input, keyed by the kernels that see it."""
+    seen: list[tuple[Array, Format | None, Array, list[str]]] = []
+
+    def recorder(path: str, fmt: Format | None) -> Callable[[Array, Array], None]:
+        def record(x: Array, quantized: Array) -> None:
+            for other, other_fmt, _, paths in seen:
+                if other is x and other_fmt == fmt:
+                    paths.append(path)
+                    return
+            seen.append((x, fmt, quantized, [path]))
+
+        return record
+
+    layer = nnx.merge(graph, state)
+    kernels = params_of(layer)
+    observed = {path: Observed(kernels[path], fmt, recorder(path, fmt)) for path, fmt in activations}
+    with_params(layer, observed)(hidden, positions)
+    return {tuple(paths): hessian(x, mask) for _, _, x, paths in seen}
+
+
+_round = partial(jax.jit, static_argnames="spec")(quantize_array)
+
+
+def _quantize_linear(
+    name: str, weight: np.ndarray, h: Float[Array, "in in"], recipe: LinearRecipe, seed: int
+) -> tuple[QTensor, LinearResult]:
+    began = time.perf_counter()
+    w = jnp.asarray(weight)
+    if not bool(jnp.all(jnp.isfinite(h))):
+        raise FpqError(f"The inputs of {name} overflow during calibration; use --dtype float32 or bfloat16.")
+    notes: list[str] = []
+    rounded = _round(w, spec=recipe.spec)
+    q, damping, fell_back = rounded, None, False
+    unseen = not bool(jnp.any(jnp.diagonal(h) > 0))
+    if recipe.method == "gptq" and unseen:
+        notes.append("its inputs were all zero during calibration: rounded to nearest instead of GPTQ")
+        fell_back = True
+    elif recipe.method == "gptq":
+        q, stats = gptq_with_stats(w, h, recipe.spec, damping=recipe.damping)
+        damping = float(stats.damping)
+        if damping > recipe.damping * 1.5:
+            notes.append(f"damping raised to {damping:g} until Cholesky succeeded")
+        if int(stats.dead):
+            notes.append(f"{int(stats.dead)} inputs were zero throughout calibration: their weights are zero now")
+    rounding_error = float(output_error(w, dequantize(rounded), h))
+    if float(output_error(w, dequantize(q), h)) > rounding_error * _TOLERANCE:
+        notes.append("GPTQ's error is above plain rounding's")
+    if zeros := int(jnp.sum(jnp.all(w == 0, axis=0))):
+        notes.append(f"{zeros} output rows are all zero")
+    if recipe.lorc is not None:
+        q = lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype, seed=seed)
+    error = float(output_error(w, dequantize(q), h))
+    seconds = time.perf_counter() - began
+    return q, LinearResult(
+        name, tuple(weight.shape), rounding_error, error, damping, round(seconds, 3), tuple(notes), fell_back
+    )

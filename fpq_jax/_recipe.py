@@ -1,0 +1,189 @@
+"""Recipes: what to do to which Linear. Frozen, checked when made, read from the YAML files in configs/."""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from fpq_jax._errors import FpqError
+from fpq_jax._formats import Format
+from fpq_jax._lorc import FactorDtype
+from fpq_jax._spec import QuantSpec
+
+DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lorc:
+    """Low-rank compensation: its rank and what the factors are stored in."""
+
+    rank: int = 8
+    dtype: FactorDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number.")
+        if self.dtype not in get_args(FactorDtype):
+            raise FpqError(f"lorc: dtype is {self.dtype!r}; it must be one of {', '.join(get_args(FactorDtype))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRecipe:
+    """What happens to one Linear.
+
+    method: "gptq", or "round" to nearest. damping: GPTQ's, as a share of the mean diagonal of the Hessian.
+    """
+
+    spec: QuantSpec = field(default_factory=QuantSpec)
+    method: Literal["gptq", "round"] = "gptq"
+    damping: float = 0.01
+    lorc: Lorc | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "round"):
+            raise FpqError(f"method is {self.method!r}; it must be gptq or round.")
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping < 1:
+            raise FpqError(f"damping is {self.damping!r}; it must be a number between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A change for the Linears whose Hugging Face name fits the shell pattern ``match``: skip them, or do otherwise."""
+
+    match: str
+    change: LinearRecipe | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The default for every Linear of the decoder, and rules; a later rule wins."""
+
+    name: str = "recipe"
+    default: LinearRecipe = field(default_factory=LinearRecipe)
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def load(cls, name: str | Path) -> "Recipe":
+        """A recipe by its name in configs/ or from a YAML file."""
+        path = Path(name)
+        if path.suffix in (".yaml", ".yml") or path.is_file():
+            if not path.is_file():
+                raise FpqError(f"There is no recipe file {path}.")
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        elif str(name) in recipe_names():
+            text = (resources.files("fpq_jax.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+        else:
+            raise FpqError(
+                f"There is no recipe {str(name)!r}{_near(str(name), recipe_names())}; "
+                f"the recipes are {', '.join(recipe_names())}, or name a YAML file."
+            )
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise FpqError(f"Recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
+        try:
+            return cls.from_dict({"name": str(name), **({} if loaded is None else _mapping(loaded, "the file"))})
+        except FpqError as error:
+            raise FpqError(f"Recipe {name}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "Recipe":
+        """A recipe from plain data, as in YAML; the inverse of ``to_dict``."""
+        options = dict(options)
+        name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
+        default = _linear_recipe(LinearRecipe(), options)
+        if not isinstance(rules, list):
+            raise FpqError("rules must be a list.")
+        return cls(name=name, default=default, rules=tuple(_rule(_mapping(r, "a rule"), default) for r in rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: everything that defines the recipe, defaults included."""
+        rules = [
+            {"match": r.match, **({"quantize": False} if r.change is None else _plain(r.change))} for r in self.rules
+        ]
+        return {"name": self.name, **_plain(self.default), "rules": rules}
+
+    def with_group_size(self, group_size: int) -> "Recipe":
+        """The same recipe with another weight group size for every Linear."""
+        changed = lambda r: replace(r, spec=replace(r.spec, group_size=group_size))
+        rules = tuple(replace(rule, change=rule.change and changed(rule.change)) for rule in self.rules)
+        return replace(self, default=changed(self.default), rules=rules)
+
+    def for_linears(self, names: Iterable[str]) -> dict[str, LinearRecipe | None]:
+        """What to do to each Linear, None to leave it; a rule that fits none is an error."""
+        names = list(names)
+        chosen: dict[str, LinearRecipe | None] = dict.fromkeys(names, self.default)
+        for rule in self.rules:
+            fitting = fnmatch.filter(names, rule.match)
+            if not fitting:
+                raise FpqError(f"Recipe {self.name}: no Linear fits {rule.match!r}{_near(rule.match, names)}.")
+            chosen.update(dict.fromkeys(fitting, rule.change))
+        if not any(chosen.values()):
+            raise FpqError(f"Recipe {self.name} leaves every Linear as it is.")
+        return chosen
+
+
+def recipe_names() -> list[str]:
+    """The recipes in configs/."""
+    files = resources.files("fpq_jax.configs").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
+    match, wanted = options.pop("match", None), options.pop("quantize", True)
+    if not isinstance(match, str):
+        raise FpqError("a rule needs match, a pattern of Linear names such as '*.down_proj'.")
+    if wanted is False:
+        if options:
+            raise FpqError(f"rule {match!r} says quantize: false, so {', '.join(options)} has no meaning.")
+        return Rule(match=match, change=None)
+    return Rule(match=match, change=_linear_recipe(default, options))
+
+
+def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
+    """``base`` with the YAML keys weight, activation, method, damping and lorc applied."""
+    _check_keys(options, ("weight", "activation", "method", "damping", "lorc"), "")
+    weight = _mapping(options.pop("weight", None) or {}, "weight")
+    _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name != "activation"), "weight: ")
+    if "activation" in options:
+        weight["activation"] = options.pop("activation")
+    if "lorc" in options and options["lorc"] is not None:
+        lorc = _mapping(options["lorc"], "lorc")
+        _check_keys(lorc, tuple(f.name for f in dataclasses.fields(Lorc)), "lorc: ")
+        options["lorc"] = Lorc(**lorc)
+    return replace(base, spec=replace(base.spec, **weight), **options)
+
+
+def _plain(recipe: LinearRecipe) -> dict[str, Any]:
+    weight = {f.name: getattr(recipe.spec, f.name) for f in dataclasses.fields(QuantSpec)}
+    weight = {key: value.name if isinstance(value, Format) else value for key, value in weight.items()}
+    return {
+        "activation": weight.pop("activation"),
+        "weight": weight,
+        "method": recipe.method,
+        "damping": recipe.damping,
+        "lorc": recipe.lorc and dataclasses.asdict(recipe.lorc),
+    }
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise FpqError(f"{what} must be a mapping of names to values.")
+    return dict(value)
+
+
+def _check_keys(options: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for key in options:
+        if key not in allowed:
+            raise FpqError(f"{where}unknown key {key!r}{_near(key, allowed)}; the keys are {', '.join(allowed)}.")
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

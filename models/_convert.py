@@ -1,0 +1,200 @@
+"""Between Hugging Face checkpoints and our parameters, without torch.
+
+A model class has a table NAMES from parameter paths ("layers.0.mlp.up_proj.kernel") to tensor names; kernels are
+transposed on the way, since torch stores Linear weights [out, in]. Tensors are memory-mapped and read when asked for.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from fpq_jax._errors import FpqError
+from fpq_jax._tree import Flat, flatten, unflatten
+
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_SHOWN = 20  # names listed in a message
+
+
+class HfCheckpoint:
+    """A Hugging Face model folder, opened and checked: every tensor there, none unknown, shapes as config.json says.
+
+    shapes: path of each parameter -> its shape. dtype: what most weights are stored in.
+    Raises FpqError, with all mismatches at once. Values are checked as they are read.
+    """
+
+    def __init__(self, folder: Path, architectures: Mapping[str, Any]):
+        self.folder = folder
+        self.config = read_config(folder)
+        self.model_class = find_architecture(self.config, architectures)
+        self.model_config = self.model_class.Config.from_hf(self.config)
+        self._files = _open(folder)
+        self._where = {name: file for file, handle in self._files.items() for name in handle.keys()}
+        stored = [self._slice(name).get_dtype() for name in self._where]
+        self.dtype = jnp.dtype(_DTYPES.get(max(set(stored), key=stored.count), jnp.float32))
+        self.shapes = parameter_shapes(self.model_class, self.model_config)
+        self._names = {tensor_name(self.model_class, path): (path, shape) for path, shape in self.shapes.items()}
+        self._check()
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._where[name]].get_slice(name)
+
+    def _check(self) -> None:
+        ignored = re.compile("|".join(self.model_class.IGNORED) or "(?!)")
+        missing = sorted(set(self._names) - set(self._where))
+        unexpected = sorted(n for n in set(self._where) - set(self._names) if not ignored.fullmatch(n))
+        problems = []
+        if missing:
+            problems.append(f"missing: {_listed(missing)}")
+        if unexpected:
+            problems.append(f"unexpected: {_listed(unexpected)}")
+        wrong = []
+        for name, (path, shape) in self._names.items():
+            if name not in self._where:
+                continue
+            found = self._slice(name)
+            expected = tuple(reversed(shape)) if _is_kernel(path) else shape
+            if tuple(found.get_shape()) != expected:
+                wrong.append(f"{name} {list(found.get_shape())} instead of {list(expected)}")
+            if found.get_dtype() not in _DTYPES:
+                wrong.append(f"{name} stored as {found.get_dtype()}")
+        if wrong:
+            problems.append(f"not as config.json says: {_listed(wrong)}")
+        if problems:
+            raise FpqError(f"The tensors in {self.folder} do not fit its config.json; {'; '.join(problems)}.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that the model uses, as stored."""
+        sizes = {"F32": 4, "F16": 2, "BF16": 2}
+        return sum(int(np.prod(s.get_shape())) * sizes[s.get_dtype()] for s in map(self._slice, self._names))
+
+    def read(self, dtype: jnp.dtype, prefix: str = "") -> Flat:
+        """The parameters whose path begins with ``prefix`` as NumPy arrays, under their full paths."""
+        return {
+            path: self._tensor(name, path, dtype) for name, (path, _) in self._names.items() if path.startswith(prefix)
+        }
+
+    def _tensor(self, name: str, path: str, dtype: jnp.dtype) -> np.ndarray:
+        try:
+            value = self._files[self._where[name]].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise FpqError(f"{name} cannot be read from {self._where[name]}: {error}.") from error
+        if not np.isfinite(value).all():
+            kind = "NaN" if np.isnan(value).any() else "infinite"
+            raise FpqError(f"Tensor {name} in {self._where[name]} holds {kind} values; the checkpoint is damaged.")
+        converted = value.astype(dtype)
+        if dtype == jnp.float16 and not np.isfinite(converted).all():
+            raise FpqError(f"Tensor {name} does not fit float16; use --dtype bfloat16 or float32.")
+        return np.ascontiguousarray(converted.T) if _is_kernel(path) else converted
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise FpqError(f"There is no model folder {folder}.")
+    if not path.is_file():
+        raise FpqError(f"{folder} has no config.json; name the folder of a Hugging Face checkpoint.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FpqError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise FpqError(f"{path} does not hold a JSON object.")
+    return config
+
+
+def find_architecture(config: Mapping[str, Any], architectures: Mapping[str, Any]) -> Any:
+    """The model class of a config.json."""
+    kind = config.get("model_type")
+    if kind not in architectures:
+        raise FpqError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(architectures)}.")
+    if config.get("quantization_config"):
+        raise FpqError("config.json has a quantization_config: the checkpoint is already quantized; name the original.")
+    return architectures[kind]
+
+
+def abstract_model(model_class: Any, config: Any, dtype: jnp.dtype = jnp.float32) -> Any:
+    """The model without memory: every parameter a ShapeDtypeStruct."""
+    return nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def parameter_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Path of each parameter -> its shape."""
+    return {path: leaf.shape for path, leaf in params_of(abstract_model(model_class, config)).items()}
+
+
+def params_of(module: Any) -> Flat:
+    """The parameters of a module by path."""
+    return flatten(nnx.to_pure_dict(nnx.state(module)))
+
+
+def with_params(module: Any, params: Flat) -> Any:
+    """A copy of an (abstract) module that holds ``params``; kernels may be QTensors."""
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, unflatten(params))
+    return nnx.merge(graph, state)
+
+
+def build_model(model_class: Any, config: Any, params: Flat) -> Any:
+    """A model that holds ``params`` on the default device."""
+    return with_params(abstract_model(model_class, config), jax.tree.map(jnp.asarray, params))
+
+
+def tensor_name(model_class: Any, path: str) -> str:
+    """The Hugging Face name of the parameter at ``path``."""
+    for pattern, name in model_class.NAMES:
+        if match := re.fullmatch(pattern, path):
+            return match.expand(name)
+    raise KeyError(path)
+
+
+def linear_name(model_class: Any, path: str) -> str:
+    """The Hugging Face name of the Linear whose kernel is at ``path``."""
+    return tensor_name(model_class, path).removesuffix(".weight")
+
+
+def to_hf_tensors(model_class: Any, params: Flat) -> dict[str, np.ndarray]:
+    """Unquantized parameters under Hugging Face's names and in its layout."""
+    return {
+        tensor_name(model_class, path): np.ascontiguousarray(np.asarray(leaf).T if _is_kernel(path) else leaf)
+        for path, leaf in params.items()
+    }
+
+
+def _is_kernel(path: str) -> bool:
+    return path.endswith(".kernel")
+
+
+def _open(folder: Path) -> dict[Path, Any]:
+    """Every safetensors file of the folder, by its path; SafetensorError is told as a broken file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise FpqError(f"{index} is not a safetensors index.") from error
+    else:
+        names = [single.name]
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise FpqError(f"{folder} lacks {_listed(absent)}; download the checkpoint again, as safetensors.")
+    files = {}
+    for name in names:
+        try:
+            files[folder / name] = safe_open(folder / name, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise FpqError(f"{folder / name} is truncated or no safetensors file ({error}); download it again.") from error
+    return files
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
