@@ -5,3 +5,42 @@ from pathlib import Path as _Path
 # In a checkout, models/ and configs/ stand beside this folder; a wheel has them inside it (see pyproject.toml).
 if not _Path(__file__).with_name("models").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
+
+from fpq_jax._checkpoint import load, save
+from fpq_jax._errors import FpqError
+from fpq_jax._formats import E2M1, E3M0, E4M3, E5M2, Format, cast, decode, encode, pack, unpack
+from fpq_jax._gptq import gptq, gptq_with_stats, hessian
+from fpq_jax._linear import linear, quantize_tokens
+from fpq_jax._lorc import lorc
+from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, quantize_array
+from fpq_jax._recipe import Recipe
+from fpq_jax._spec import QuantSpec
+
+__all__ = [
+    "E2M1",
+    "E3M0",
+    "E4M3",
+    "E5M2",
+    "Format",
+    "FpqError",
+    "LowRank",
+    "QTensor",
+    "QuantSpec",
+    "Recipe",
+    "cast",
+    "decode",
+    "dequantize",
+    "encode",
+    "expand",
+    "gptq",
+    "gptq_with_stats",
+    "hessian",
+    "linear",
+    "load",
+    "lorc",
+    "pack",
+    "quantize_array",
+    "quantize_tokens",
+    "save",
+    "unpack",
+]

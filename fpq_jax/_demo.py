@@ -14,11 +14,6 @@ def demo_model_path() -> Path:
     return Path(str(resources.files("fpq_jax.models") / "demo_llama"))
 
 
-def demo_text() -> str:
-    """pydoc's help topics; those that the demo model was not trained on stand last."""
-    return "\n\n".join(demo_topics(held_out=False) + demo_topics(held_out=True))
-
-
 def demo_topics(*, held_out: bool) -> list[str]:
     """pydoc's help topics, in an order and a split that depend only on their names."""
     try:

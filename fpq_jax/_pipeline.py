@@ -129,7 +129,8 @@ def _hessians(
         new = _observe(graph, activations, state, h, positions, mask)
         sums = new if sums is None else _add(sums, new)
     tokens = float(sum(mask.sum() for mask in masks))
-    return {path: total / tokens for paths, total in sums.items() for path in paths}
+    sums = jax.block_until_ready(sums)  # so that a Linear's seconds are its own
+    return {path: mean for paths, total in sums.items() for mean in (total / tokens,) for path in paths}
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
@@ -183,7 +184,7 @@ def _quantize_linear(
         fell_back = True
     elif recipe.method == "gptq":
         q, stats = gptq_with_stats(w, h, recipe.spec, damping=recipe.damping)
-        damping = float(stats.damping)
+        damping = float(f"{float(stats.damping):.6g}")  # float32's digits are noise to a reader
         if damping > recipe.damping * 1.5:
             notes.append(f"damping raised to {damping:g} until Cholesky succeeded")
         if int(stats.dead):

@@ -5,6 +5,7 @@ Logical shape [in, out] like a Flax kernel; codes are stored [out, in], contract
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +167,11 @@ def expand(q: QTensor) -> QTensor:
     table = np.concatenate([magnitudes, -magnitudes], axis=1).astype(jnp.float8_e4m3fn)
     index = _per_weight((q.exponents - low).astype(jnp.uint8), q) * 16 + codes
     return replace(q, codes=jnp.asarray(table.ravel())[index], exponents=None, spec=spec)
+
+
+def expand_all(tree: Any) -> Any:
+    """The pytree with every QTensor that has an FP8 form expanded to it; the others stay as they are."""
+    is_qtensor = lambda leaf: isinstance(leaf, QTensor)
+    return jax.tree.map(
+        lambda leaf: expand(leaf) if is_qtensor(leaf) and leaf.has_fp8_form else leaf, tree, is_leaf=is_qtensor
+    )

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import yaml
 
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import Format
 from fpq_jax._lorc import FactorDtype
 from fpq_jax._spec import QuantSpec
 
@@ -161,8 +160,7 @@ def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
 
 
 def _plain(recipe: LinearRecipe) -> dict[str, Any]:
-    weight = {f.name: getattr(recipe.spec, f.name) for f in dataclasses.fields(QuantSpec)}
-    weight = {key: value.name if isinstance(value, Format) else value for key, value in weight.items()}
+    weight = recipe.spec.to_dict()
     return {
         "activation": weight.pop("activation"),
         "weight": weight,

@@ -1,6 +1,6 @@
 """QuantSpec: how one weight matrix and the activations that meet it are represented."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fpq_jax._errors import FpqError
@@ -52,6 +52,11 @@ class QuantSpec:
             raise FpqError(f'constraint {self.constraint} is about several scales; group_size "tensor" has one.')
         if self.compute_rows > 1 and self.constraint != "m2":
             raise FpqError("compute_rows is for constraint m2 only.")
+
+    def to_dict(self) -> dict[str, str | int | None]:
+        """Plain data; QuantSpec(**spec.to_dict()) is the same spec."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value.name if isinstance(value, Format) else value for name, value in values.items()}
 
     def group_length(self, in_features: int) -> int:
         """Inputs per scale of a weight with ``in_features`` inputs."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from fpq_jax._demo import demo_text, demo_topics
+from fpq_jax._demo import demo_topics
 from fpq_jax._errors import FpqError
 
 Split = Literal["calibration", "evaluation"]
@@ -28,6 +28,7 @@ _TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 _C4_EVALUATION = (1100, 256)  # documents, windows
 _TAIL_SHARE, _TAIL_WINDOWS = 0.1, 64  # held back from the calibration text: this share, at most so many windows
+_TAIL = " (held-back tail)"
 _CHARACTERS_PER_TOKEN = 8  # generous, for how much of C4 to read
 
 
@@ -67,13 +68,16 @@ def calibration_text(
 ) -> CalibrationText:
     """``num_samples`` windows drawn without overlap from the text of ``spec``, fewer if it has no more.
 
-    With ``hold_back`` the end of the text is kept for evaluation and never drawn from.
+    With ``hold_back`` the end of the text is kept for evaluation and never drawn from; the demo text has an end of its
+    own, what the demo model was not trained on.
     """
     wanted = int(num_samples * length * (1 + 2 * _TAIL_SHARE)) * _CHARACTERS_PER_TOKEN
     documents = _documents(spec, "calibration", wanted)
     windows = _cut(_tokenize(documents, tokenizer, vocab_size, spec), length, spec)
     tail = None
-    if hold_back:
+    if hold_back and spec == "demo":
+        tail = evaluation_windows(spec, tokenizer, length=length, vocab_size=vocab_size)
+    elif hold_back:
         if len(windows) < 2:
             raise FpqError(
                 f"The calibration text {spec} has one window of {length} tokens, so no tail can be held back; "
@@ -83,6 +87,16 @@ def calibration_text(
         windows, tail = windows[:-size], windows[-size:]
     chosen = np.random.default_rng(seed).permutation(len(windows))[:num_samples]
     return CalibrationText(windows[chosen], tail)
+
+
+def tail_name(spec: str) -> str:
+    """What the tail of a calibration text is called in a report."""
+    return spec if spec == "demo" else spec + _TAIL
+
+
+def is_tail(name: str) -> bool:
+    """Whether a report's row is about the tail of its calibration text."""
+    return name.endswith(_TAIL)
 
 
 def evaluation_windows(spec: str, tokenizer: Any, *, length: int, vocab_size: int) -> Windows:
@@ -119,7 +133,7 @@ def _documents(spec: str, split: Split, characters: int | None) -> list[str]:
     """The texts of a SPEC; for C4's training set only about as many ``characters`` as are needed."""
     check_spec(spec)
     if spec == "demo":
-        return [demo_text()] if split == "calibration" else ["\n\n".join(demo_topics(held_out=True))]
+        return ["\n\n".join(demo_topics(held_out=split == "evaluation"))]
     if spec in ("wikitext2", "ptb", "c4"):
         return _data_set(spec, split, characters)
     try:

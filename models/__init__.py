@@ -29,6 +29,11 @@ def model_class_of(config: dict[str, Any]) -> Any:
     return _find_architecture(config, ARCHITECTURES)
 
 
+def to_hf_config(model: Any) -> dict[str, Any]:
+    """The config.json of a model."""
+    return model.config.to_hf()
+
+
 __all__ = [
     "ARCHITECTURES",
     "HfCheckpoint",
@@ -41,6 +46,7 @@ __all__ = [
     "open_checkpoint",
     "params_of",
     "read_config",
+    "to_hf_config",
     "to_hf_tensors",
     "with_params",
 ]

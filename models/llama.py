@@ -3,6 +3,7 @@
 Attribute names follow the checkpoint's, so a parameter's path is its Hugging Face name in Flax's words.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ class LlamaConfig:
             rope_theta=float(theta),
             rope_scaling=() if kind == "default" else (("rope_type", kind), *((key, rope[key]) for key in needed)),
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """A ``config.json`` that ``from_hf`` reads back to the same config."""
+        values = dataclasses.asdict(self)
+        scaling = dict(values.pop("rope_scaling"))
+        extra = {"rope_scaling": scaling} if scaling else {}
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **values, **extra}
 
     def inverse_frequencies(self) -> Float[np.ndarray, " half"]:
         """Rotary frequencies per pair of channels, float32, scaled as ``rope_scaling`` says."""

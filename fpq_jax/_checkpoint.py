@@ -1,0 +1,207 @@
+"""Models in and out: our own directories (Orbax and sidecars), and Hugging Face folders and ids.
+
+A directory that quantize wrote holds
+
+    params/       the arrays, an Orbax checkpoint of {path: {part: array}}
+    fpq.json      what arrays cannot say: version, each QTensor's spec and shape, every array's shape and dtype
+    config.json   the model's, with the tokenizer's files, recipe.yaml and report.json
+
+and appears under its name only when all of it is written.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpq_jax._demo import demo_model_path
+from fpq_jax._errors import FpqError
+from fpq_jax._qtensor import LowRank, QTensor, expand_all
+from fpq_jax._spec import QuantSpec
+from fpq_jax._tree import Flat
+from fpq_jax.models import build_model, model_class_of, open_checkpoint, params_of, read_config, to_hf_config
+
+VERSION = 1
+_MANIFEST = "fpq.json"
+_PARAMS = "params"
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+
+
+def resolve_model(model: str | Path | None) -> Path:
+    """The folder of a model: a local one, a hub id's snapshot (fetched), or the demo model for None."""
+    if model is None:
+        return demo_model_path()
+    if Path(model).exists():
+        return Path(model)
+    name = str(model)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FpqError(f"There is no model folder {name}; name a folder, or a hub id such as facebook/opt-125m.")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # network, authorization and missing repositories each have kinds of their own
+        raise FpqError(
+            f"There is no model folder {name}, and no such model could be fetched from the hub ({type(error).__name__})."
+        ) from error
+
+
+def is_quantized_dir(folder: Path) -> bool:
+    """Whether quantize (or ``save``) wrote this directory."""
+    return (folder / _MANIFEST).is_file()
+
+
+def save(directory: str | Path, model: Any) -> None:
+    """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything."""
+    config = to_hf_config(model)
+    with new_directory(Path(directory)) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_params(folder, params_of(model))
+
+
+def load(directory: str | Path, *, dtype: Any = None, expanded: bool = False) -> Any:
+    """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
+
+    ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expanded`` turns packed 4-bit
+    codes into FP8 once, exactly, where their scales allow it: twice the memory, and no unpacking in each step.
+    Raises FpqError.
+    """
+    folder = resolve_model(directory)
+    if not is_quantized_dir(folder):
+        checkpoint = open_checkpoint(folder)
+        params = checkpoint.read(jnp.dtype(dtype or checkpoint.dtype))
+        return build_model(checkpoint.model_class, checkpoint.model_config, params)
+    config = read_config(folder)
+    model_class = model_class_of(config)
+    params = read_params(folder)
+    if dtype is not None:
+        params = {p: v if isinstance(v, QTensor) else v.astype(dtype) for p, v in params.items()}
+    return build_model(model_class, model_class.Config.from_hf(config), expand_all(params) if expanded else params)
+
+
+def check_output(directory: Path) -> None:
+    """FpqError if ``directory`` cannot become a new result."""
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise FpqError(f"The output {directory} exists and is not empty; remove it or choose another --output.")
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FpqError(f"The output {directory} cannot be made: {parent} is no writable folder.")
+
+
+@contextmanager
+def new_directory(directory: Path):
+    """A folder to fill that becomes ``directory`` by one rename when the block ends well, and vanishes if it fails."""
+    check_output(directory)
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.unfinished-", dir=directory.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o777 & ~_umask())
+        if directory.is_dir():
+            directory.rmdir()  # empty, or this fails
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_params(folder: Path, params: Flat) -> None:
+    """Write params/ and fpq.json."""
+    import orbax.checkpoint as ocp
+
+    arrays = {path: _parts(leaf) for path, leaf in params.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / _PARAMS, jax.tree.map(jnp.asarray, arrays))
+    manifest = {
+        "version": VERSION,
+        "quantized": {path: _facts(q) for path, q in params.items() if isinstance(q, QTensor)},
+        "arrays": {
+            path: {part: {"shape": list(a.shape), "dtype": str(a.dtype)} for part, a in parts.items()}
+            for path, parts in arrays.items()
+        },
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def read_params(folder: Path) -> Flat:
+    """What ``write_params`` wrote, on the default device. FpqError for a directory that is damaged."""
+    import orbax.checkpoint as ocp
+
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["version"]
+        if version != VERSION:
+            raise FpqError(f"{folder} has format version {version}; this fpq_jax reads version {VERSION}.")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = {
+            path: {
+                part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=device)
+                for part, a in parts.items()
+            }
+            for path, parts in manifest["arrays"].items()
+        }
+        quantized = {path: _from_facts(facts) for path, facts in manifest["quantized"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise FpqError(f"{folder / _MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(folder.absolute() / _PARAMS, target)
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FpqError(f"The arrays in {folder / _PARAMS} cannot be read; the directory is damaged ({reason}).") from error
+    return {path: _leaf(parts, quantized.get(path)) for path, parts in arrays.items()}
+
+
+def stored_bytes(params: Flat) -> int:
+    """Bytes of all arrays."""
+    return sum(np.asarray(a).nbytes if not hasattr(a, "nbytes") else a.nbytes for a in jax.tree.leaves(params))
+
+
+def _parts(leaf: Any) -> dict[str, Any]:
+    """The arrays of a parameter by name; a plain array is called "value"."""
+    if not isinstance(leaf, QTensor):
+        return {"value": leaf}
+    parts = {name: getattr(leaf, name) for name in ("codes", "row_scale", "exponents", "group_scale")}
+    if leaf.low_rank is not None:
+        parts |= {f"low_rank_{f.name}": getattr(leaf.low_rank, f.name) for f in dataclasses.fields(LowRank)}
+    return {name: array for name, array in parts.items() if array is not None}
+
+
+def _leaf(parts: dict[str, Any], make: Callable[..., QTensor] | None) -> Any:
+    """The inverse of ``_parts``."""
+    if make is None:
+        return parts["value"]
+    low_rank = None
+    if "low_rank_a" in parts:
+        low_rank = LowRank(parts["low_rank_a"], parts["low_rank_b"], parts.get("low_rank_scale"))
+    arrays = {name: parts.get(name) for name in ("row_scale", "exponents", "group_scale")}
+    return make(codes=parts["codes"], low_rank=low_rank, **arrays)
+
+
+def _facts(q: QTensor) -> dict[str, Any]:
+    """A QTensor's static facts as JSON."""
+    return {"shape": list(q.shape), **q.spec.to_dict()}
+
+
+def _from_facts(facts: dict[str, Any]) -> Callable[..., QTensor]:
+    facts = dict(facts)
+    shape = tuple(facts.pop("shape"))
+    spec = QuantSpec(**facts)
+    return lambda **arrays: QTensor(spec=spec, shape=shape, **arrays)

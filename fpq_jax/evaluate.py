@@ -1,0 +1,109 @@
+"""Perplexity of a model: python -m fpq_jax.evaluate --model DIR --eval SPEC ..."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model
+from fpq_jax._console import console, progress, run_command
+from fpq_jax._errors import FpqError
+from fpq_jax._perplexity import perplexity
+from fpq_jax._report import VERSION, environment, write_report
+from fpq_jax._text import Windows, calibration_text, check_spec, evaluation_windows, is_tail, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure a model's perplexity."""
+
+    model: str | None = None
+    """Directory that quantize wrote, Hugging Face folder or hub id; left out, the demo model."""
+    eval: tuple[str, ...] = ()
+    """Texts: wikitext2, ptb, c4, demo or files. By default those of the report of a quantized model, demo for the demo
+    model, wikitext2 for others."""
+    seq_len: int | None = None
+    """Tokens per window; by default 2,048, or the model's longest if that is shorter."""
+    max_windows: int | None = None
+    """Only the first so many windows."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Unquantized arithmetic; by default as stored."""
+    report: Path | None = None
+    """JSON file for the result."""
+
+
+def main(options: Options) -> None:
+    """Run the command; FpqError for anything wrong with its input."""
+    began = time.perf_counter()
+    for spec in options.eval:
+        check_spec(spec)
+    for name, value, least in (("--seq-len", options.seq_len, 2), ("--max-windows", options.max_windows, 1)):
+        if value is not None and value < least:
+            raise FpqError(f"{name} is {value}; it must be at least {least}.")
+    folder = resolve_model(options.model)
+    quantized = is_quantized_dir(folder)
+    model = load(folder, dtype=options.dtype, expanded=True)
+    texts = _texts(options, folder, quantized, model.config)
+    rows = {}
+    which = "quantized" if quantized else "original"
+    console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
+    for spec, windows in texts.items():
+        with progress(f"perplexity on {spec}", len(windows)) as advance:
+            value = perplexity(model, windows, advance)
+        rows[spec] = {which: value.value, "tokens": value.tokens}
+        shown = spec if len(spec) <= 40 else f"...{spec[-37:]}"
+        console.print(f"{shown:<40} {value.value:>10.4f} {value.tokens:>10,}", markup=False)
+    if options.report is not None:
+        report = {
+            "version": VERSION,
+            "model": "demo" if options.model is None else options.model,
+            "perplexity": rows,
+            "seconds": round(time.perf_counter() - began, 2),
+            **environment(),
+        }
+        write_report(options.report, report)
+
+
+def _texts(options: Options, folder: Path, quantized: bool, config: Any) -> dict[str, Windows]:
+    tokenizer = load_tokenizer(folder)
+    specs, length, max_windows, calibration = options.eval, options.seq_len, options.max_windows, None
+    if not specs and quantized:
+        # the same windows as in the report, so that the numbers can be compared
+        report = _read_report(folder)
+        specs, calibration = tuple(report["perplexity"]), report["calibration"]
+        length = length or calibration["seq_len"]
+        max_windows = max_windows or calibration["max_windows"]
+    elif not specs:
+        specs = ("demo",) if options.model is None else ("wikitext2",)
+    length = length or min(2048, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise FpqError(f"--seq-len {length} is more than the model's {config.max_position_embeddings} positions.")
+    texts = {}
+    for spec in specs:
+        if calibration is not None and is_tail(spec):
+            held_back = calibration_text(
+                calibration["spec"],
+                tokenizer,
+                num_samples=calibration["requested_samples"],
+                length=length,
+                seed=0,
+                hold_back=True,
+                vocab_size=config.vocab_size,
+            )
+            windows = held_back.tail
+        else:
+            windows = evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size)
+        texts[spec] = windows[:max_windows]
+    return texts
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise FpqError(f"{folder} has no readable report.json to take the texts from; name --eval.") from error
+
+
+if __name__ == "__main__":
+    run_command(main, Options, "evaluate")
