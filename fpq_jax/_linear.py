@@ -9,6 +9,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ from fpq_jax._scales import free_scale
 @dataclass(frozen=True)
 class Observed:
     """A kernel that is still an array, seen by calibration: the product is taken with the activations quantized as
-    inference will have them, and ``record`` is handed those activations. It lives inside one trace only."""
+    inference will have them, and ``record`` is handed the input and those activations. It lives inside one trace."""
 
-    kernel: Float[Array, "in out"]
+    kernel: Any
     activation: Format | None
-    record: Callable[[Float[Array, "*batch in"], Float[Array, "*batch in"]], None]
+    record: Callable[[Array, Array], None]
 
 
 def linear(
@@ -83,6 +84,6 @@ def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | No
 
 def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:
     """(x A) B with bfloat16 operands and float32 accumulation."""
-    a, b = low_rank.factors(jnp.dtype(jnp.bfloat16))
+    a, b = low_rank.factors(jnp.bfloat16)
     inner = jnp.matmul(x.astype(jnp.bfloat16), a, preferred_element_type=jnp.float32)
     return jnp.matmul(inner.astype(jnp.bfloat16), b, preferred_element_type=jnp.float32)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from fpq_jax._qtensor import LowRank, QTensor, dequantize
@@ -23,7 +24,7 @@ _dot = partial(jnp.matmul, precision="highest")
 
 @partial(jax.jit, static_argnames=("rank", "dtype"))
 def lorc(
-    w: Float[Array, "in out"], q: QTensor, *, rank: int = 8, dtype: FactorDtype = "bfloat16", seed: int = 0
+    w: Float[Array, "in out"], q: QTensor, *, rank: int = 8, dtype: FactorDtype = "bfloat16", seed: int | Array = 0
 ) -> QTensor:
     """``q`` with the best ``rank`` correction of its error against ``w`` [in, out]; the same for the same seed.
 
@@ -35,7 +36,7 @@ def lorc(
     return replace(q, low_rank=_factors(u * root, root[:, None] * vt, dtype))
 
 
-def truncated_svd(m: Float[Array, "n k"], rank: int, seed: int) -> tuple[Array, Array, Array]:
+def truncated_svd(m: Float[Array, "n k"], rank: int, seed: int | Array) -> tuple[Array, Array, Array]:
     """(U [n, rank], S [rank], V [rank, k]) of the largest singular values; exact for small matrices."""
     width = rank + _OVERSAMPLING
     if width >= min(m.shape):
@@ -55,7 +56,7 @@ def _factors(a: Float[Array, "in r"], b: Float[Array, "r out"], dtype: FactorDty
     if dtype == "bfloat16":
         return LowRank(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
     # one symmetric scale for each column of A and row of B; the two meet in the product
-    scales = [jnp.max(jnp.abs(f), axis=axis, keepdims=True) / 127 for f, axis in ((a, 0), (b, 1))]
+    scales = [jnp.max(jnp.abs(f), axis=axis, keepdims=True) * np.float32(1 / 127) for f, axis in ((a, 0), (b, 1))]
     scales = [jnp.where(s > 0, s, 1.0) for s in scales]
     codes = [jnp.round(f / s).astype(jnp.int8) for f, s in zip((a, b), scales, strict=True)]
     return LowRank(codes[0], codes[1], scales[0].ravel() * scales[1].ravel())

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
@@ -59,7 +60,7 @@ def quantize_checkpoint(
     checkpoint: HfCheckpoint,
     recipe: Recipe,
     windows: Int[np.ndarray, "N L"],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     *,
     seed: int = 0,
     on_linear: Callable[[LinearResult], None] = lambda result: None,
@@ -130,7 +131,8 @@ def _hessians(
         sums = new if sums is None else _add(sums, new)
     tokens = float(sum(mask.sum() for mask in masks))
     sums = jax.block_until_ready(sums)  # so that a Linear's seconds are its own
-    return {path: mean for paths, total in sums.items() for mean in (total / tokens,) for path in paths}
+    means = {paths: total / tokens for paths, total in sums.items()}
+    return {path: mean for paths, mean in means.items() for path in paths}
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from fpq_jax._errors import FpqError
@@ -21,27 +22,27 @@ from fpq_jax._spec import QuantSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """The product a @ diag(scale) @ b; ``scale`` is there when the factors are INT8 codes, else None."""
+    """The product a @ diag(scale) @ b: a [in, r], b [r, out], bfloat16, or INT8 codes with ``scale`` float32 [r]."""
 
-    a: Shaped[Array, "in r"]
-    b: Shaped[Array, "r out"]
-    scale: Float[Array, " r"] | None = None
+    a: Any
+    b: Any
+    scale: Any = None
 
-    def factors(self, dtype: jnp.dtype) -> tuple[Array, Array]:
+    def factors(self, dtype: DTypeLike) -> tuple[Array, Array]:
         """A [in, r] and B [r, out] in ``dtype``, the scale in A."""
         a = self.a.astype(jnp.float32)
         return (a if self.scale is None else a * self.scale).astype(dtype), self.b.astype(dtype)
 
     def product(self) -> Float[Array, "in out"]:
         """A @ B in float32."""
-        a, b = self.factors(jnp.dtype(jnp.float32))
+        a, b = self.factors(jnp.float32)
         return jnp.matmul(a, b, precision="highest")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized weight of logical shape [in, out]; a pytree whose ``spec`` and ``shape`` are static.
+    """A quantized weight of logical shape [in, out]; a pytree of arrays whose ``spec`` and ``shape`` are static.
 
     codes: float8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)].
     row_scale: float32 [out, 1] ([1, 1] for one scale per tensor); None when every group has a free scale of its own.
@@ -50,10 +51,10 @@ class QTensor:
     low_rank: LoRC's correction, or None.
     """
 
-    codes: Shaped[Array, "..."]
-    row_scale: Float[Array, "..."] | None
-    exponents: Int[Array, "..."] | None
-    group_scale: Float[Array, "..."] | None
+    codes: Any
+    row_scale: Any
+    exponents: Any
+    group_scale: Any
     low_rank: LowRank | None
     spec: QuantSpec = field(metadata={"static": True})
     shape: tuple[int, int] = field(metadata={"static": True})
@@ -116,7 +117,7 @@ def assemble(
     return QTensor(codes, row_scale, stored_exponents, free, None, spec, (in_features, out_features))
 
 
-def dequantize(q: QTensor, dtype: jnp.dtype = jnp.float32, *, low_rank: bool = True) -> Float[Array, "in out"]:
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "in out"]:
     """The weight that ``q`` stands for, [in, out], computed in float32; ``low_rank`` False leaves LoRC out."""
     in_features, _ = q.shape
     codes = q.codes if q.spec.format.dtype else unpack(q.codes, in_features)

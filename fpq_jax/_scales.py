@@ -9,6 +9,7 @@ power of two, which makes it 2**ceil(log2(S)).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._formats import Format, cast
@@ -23,7 +24,8 @@ _SMALLEST_REFERENCE = 2.0**-100  # leaves room for R * 2**e and for the token's 
 
 def free_scale(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
     """absmax / max, 1 where absmax is zero, never below the smallest normal float32."""
-    scale = jnp.maximum(absmax.astype(jnp.float32) / fmt.max, _SMALLEST_FREE)
+    # a product, since XLA makes one of a division by a constant, and eager and jitted scales must be equal
+    scale = jnp.maximum(absmax.astype(jnp.float32) * np.float32(1 / fmt.max), _SMALLEST_FREE)
     return jnp.where(absmax > 0, scale, 1.0)
 
 

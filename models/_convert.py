@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from fpq_jax._errors import FpqError
@@ -76,13 +77,13 @@ class HfCheckpoint:
         sizes = {"F32": 4, "F16": 2, "BF16": 2}
         return sum(int(np.prod(s.get_shape())) * sizes[s.get_dtype()] for s in map(self._slice, self._names))
 
-    def read(self, dtype: jnp.dtype, prefix: str = "") -> Flat:
+    def read(self, dtype: DTypeLike, prefix: str = "") -> Flat:
         """The parameters whose path begins with ``prefix`` as NumPy arrays, under their full paths."""
         return {
             path: self._tensor(name, path, dtype) for name, (path, _) in self._names.items() if path.startswith(prefix)
         }
 
-    def _tensor(self, name: str, path: str, dtype: jnp.dtype) -> np.ndarray:
+    def _tensor(self, name: str, path: str, dtype: DTypeLike) -> np.ndarray:
         try:
             value = self._files[self._where[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -122,7 +123,7 @@ def find_architecture(config: Mapping[str, Any], architectures: Mapping[str, Any
     return architectures[kind]
 
 
-def abstract_model(model_class: Any, config: Any, dtype: jnp.dtype = jnp.float32) -> Any:
+def abstract_model(model_class: Any, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
     """The model without memory: every parameter a ShapeDtypeStruct."""
     return nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=nnx.Rngs(0)))
 

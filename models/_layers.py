@@ -4,10 +4,12 @@ Shapes use B (batch), T (tokens), S (keys), D (hidden size), H (query heads), K 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from fpq_jax._linear import linear
@@ -18,7 +20,7 @@ _INIT_STDDEV = 0.02
 class Linear(nnx.Module):
     """y = x @ kernel + bias, with kernel [in, out] an array or a QTensor."""
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(_INIT_STDDEV)
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
@@ -30,7 +32,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization in float32, then the gain (Zhang & Sennrich, 2019)."""
 
-    def __init__(self, size: int, *, epsilon: float, dtype: jnp.dtype):
+    def __init__(self, size: int, *, epsilon: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.epsilon = epsilon
 
@@ -43,7 +45,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table of token vectors, and its transpose as an output head."""
 
-    def __init__(self, num_embeddings: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, num_embeddings: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embedding = nnx.Param(nnx.initializers.normal(_INIT_STDDEV)(rngs.params(), (num_embeddings, size), dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -68,11 +70,11 @@ def rotate(
 class LayerCache:
     """Keys and values of one layer, [B, S, K, C]; slots not yet written hold zeros and are masked."""
 
-    key: Float[Array, "B S K C"]
-    value: Float[Array, "B S K C"]
+    key: Any
+    value: Any
 
     @classmethod
-    def zeros(cls, batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> "LayerCache":
+    def zeros(cls, batch: int, length: int, heads: int, head_dim: int, dtype: DTypeLike) -> "LayerCache":
         return cls(*(jnp.zeros((batch, length, heads, head_dim), dtype) for _ in range(2)))
 
     def write(self, key: Array, value: Array, start: Int[Array, ""]) -> "LayerCache":

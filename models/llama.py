@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
@@ -106,7 +107,7 @@ def _llama3_frequencies(frequencies: np.ndarray, factor: float, low: float, high
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
         self.frequencies = tuple(config.inverse_frequencies().tolist())
         query, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -129,7 +130,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         options: Any = dict(use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **options)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **options)
@@ -142,7 +143,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One block: hidden states in, hidden states out."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
@@ -170,7 +171,7 @@ class Llama(nnx.Module):
     IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
     Config = LlamaConfig
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
@@ -190,7 +191,7 @@ class Llama(nnx.Module):
         x = self.norm(x)
         return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:
         """An empty key-value cache for ``length`` tokens."""
         shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
         return [LayerCache.zeros(*shape, dtype) for _ in range(self.config.num_hidden_layers)]

@@ -1,0 +1,92 @@
+"""Shapes and types of annotated functions are checked throughout the tests; a tiny LLaMA folder to work on."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# where arrays are handled; specs and recipes check what they are given themselves, and are tested with nonsense
+_ARRAYS = ("formats", "scales", "qtensor", "gptq", "lorc", "linear", "text", "perplexity", "pipeline", "generation")
+install_import_hook([*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.models"], "beartype.beartype")
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte tokenizer of 258 tokens that puts <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+
+
+def random_tensors(config: dict, seed: int = 0, scale: float = 3.0) -> dict:
+    """Random weights under Hugging Face's names, larger than at the start of training so that logits differ."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from fpq_jax.models import model_class_of, params_of, to_hf_tensors
+
+    model_class = model_class_of(config)
+    model = model_class(model_class.Config.from_hf(config), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    key = jax.random.key(seed + 1)
+    params = {
+        path: leaf * scale if leaf.ndim > 1 else leaf + 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+        for i, (path, leaf) in enumerate(params_of(model).items())
+    }
+    return to_hf_tensors(model_class, params)
+
+
+def write_checkpoint(folder: Path, config: dict, tensors: dict) -> Path:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Path:
+    """A Hugging Face folder of a random LLaMA with two layers."""
+    return write_checkpoint(tmp_path / "tiny", TINY_CONFIG, random_tensors(TINY_CONFIG))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Some 6,000 characters."""
+    import random
+
+    random.seed(0)
+    words = "the a quick brown fox jumps over lazy dogs and runs through green fields of barley".split()
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(random.choices(words, k=1200)))
+    return path

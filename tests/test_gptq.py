@@ -1,0 +1,172 @@
+"""GPTQ against the published algorithm, column by column in float64 NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpq_jax import QuantSpec, dequantize, gptq, gptq_with_stats, hessian, quantize_array
+from fpq_jax._gptq import output_error
+
+
+def problem(inputs, outputs, seed=0, dead=()):
+    """Correlated inputs [2 * in, in] with a few large channels, a weight [in, out] and the Hessian, float32."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2 * inputs, inputs)) @ (np.eye(inputs) + 0.1 * rng.standard_normal((inputs, inputs)))
+    x[:, ::17] *= 5
+    x[:, list(dead)] = 0
+    w = rng.standard_normal((inputs, outputs)).astype(np.float32)
+    return w, (x.T @ x).astype(np.float32)
+
+
+def published(w, hessian, spec, damping=0.01):
+    """(dequantized [in, out], distance of each rounding to the nearest tie as a share of the grid's step).
+
+    Group scales are taken from the updated weights, as the project decided.
+    """
+    w, h, fmt = w.astype(np.float64).T.copy(), hessian.astype(np.float64).copy(), spec.format
+    n = len(h)
+    dead = np.diag(h) == 0
+    h[dead, dead] = 1
+    w[:, dead] = 0
+    h[np.diag_indices(n)] += damping * np.mean(np.diag(h))
+    upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    grid = fmt.values[np.isfinite(fmt.values)].astype(np.float64)
+    grid = np.unique(np.concatenate([-grid, grid]))
+    middles = (grid[1:] + grid[:-1]) / 2
+    length = spec.group_length(n)
+    largest = np.abs(w).max(axis=1) / fmt.max
+    largest[largest == 0] = 1
+    out, margin = np.zeros_like(w), np.zeros_like(w)
+    for i in range(n):
+        if i % length == 0:
+            absmax = np.abs(w[:, i : i + length]).max(axis=1)
+            scale = np.where(absmax > 0, absmax / fmt.max, largest if spec.constraint else 1)
+            if spec.constraint == "m1":
+                scale = 2.0 ** np.ceil(np.log2(scale))
+            elif spec.constraint == "m2":
+                power = np.log2(largest / scale)
+                scale = largest / 2.0 ** (np.round(power) if spec.exponent_rounding == "nearest" else np.floor(power))
+        x = w[:, i] / scale
+        out[:, i] = grid[np.abs(x[:, None] - grid).argmin(axis=1)] * scale
+        margin[:, i] = np.abs(x[:, None] - middles).min(axis=1) / np.maximum(np.abs(x), 1e-9)
+        error = (w[:, i] - out[:, i]) / upper[i, i]
+        w[:, i:] -= np.outer(error, upper[i, i:])
+    return out.T, margin.T
+
+
+def relative_error(w, approximation, h):
+    w, d, h = w.astype(np.float64), w.astype(np.float64) - approximation, h.astype(np.float64)
+    return np.sum(d * (h @ d)) / np.sum(w * (h @ w))
+
+
+CASES = [
+    (512, 256, None, "e2m1", "up"),
+    (512, 256, "m2", "e2m1", "up"),
+    (700, 256, "m2", "e2m1", "up"),
+    (300, 64, "m1", "e2m1", "up"),
+    (300, 64, "m2", "e2m1", "nearest"),
+    (333, 100, "m2", "e3m0", "up"),
+    (640, 320, None, "e3m0", "up"),
+    (200, 3, "m2", "e2m1", "up"),
+    (70, 1000, "m1", "e2m1", "up"),
+    (300, "channel", None, "e4m3", "up"),
+    (600, "channel", None, "e2m1", "up"),
+    (260, 128, None, "e5m2", "up"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "group", "constraint", "fmt", "rounding"), CASES)
+def test_codes_equal_the_published_algorithms_except_behind_ties(inputs, group, constraint, fmt, rounding):
+    w, h = problem(inputs, 24, seed=inputs)
+    spec = QuantSpec(format=fmt, group_size=group, constraint=constraint, exponent_rounding=rounding)
+    expected, margin = published(w, h, spec)
+    got = np.asarray(dequantize(gptq(jnp.asarray(w), jnp.asarray(h), spec)), np.float64)
+    same = np.isclose(got, expected, rtol=1e-5, atol=0)
+    for row in range(w.shape[1]):
+        if not same[:, row].all():
+            # what follows a turned tie differs by right; the first difference must be one
+            assert margin[np.argmin(same[:, row]), row] < 1e-4
+    assert same.mean() > 0.97
+    error = relative_error(w, got, h)
+    assert error == pytest.approx(relative_error(w, expected, h), rel=1e-3)
+    rounded = np.asarray(dequantize(quantize_array(jnp.asarray(w), spec)), np.float64)
+    assert error < 0.8 * relative_error(w, rounded, h)
+
+
+def test_inputs_never_seen_get_zero_weights_and_are_counted():
+    w, h = problem(300, 10, dead=(3, 4, 299))
+    spec = QuantSpec(group_size=64)
+    q, stats = gptq_with_stats(jnp.asarray(w), jnp.asarray(h), spec)
+    assert int(stats.dead) == 3
+    got = np.asarray(dequantize(q))
+    assert (got[[3, 4, 299]] == 0).all()
+    np.testing.assert_allclose(got, published(w, h, spec)[0], rtol=1e-5)
+
+
+def test_vmap_over_a_stack_equals_one_by_one():
+    problems = [problem(130, 8, seed=s) for s in range(3)]
+    w, h = (jnp.asarray(np.stack(part)) for part in zip(*problems, strict=True))
+    spec = QuantSpec(group_size=32, constraint="m2")
+    stacked = jax.vmap(dequantize)(jax.vmap(lambda a, b: gptq(a, b, spec))(w, h))
+    single = np.stack([dequantize(gptq(a, b, spec)) for a, b in zip(w, h, strict=True)])
+    assert (np.asarray(stacked) == single).mean() > 0.999
+
+
+def test_damping_is_raised_until_cholesky_succeeds_and_reported():
+    w, h = problem(96, 12)
+    spec = QuantSpec(group_size=32)
+    _, regular = gptq_with_stats(jnp.asarray(w), jnp.asarray(h), spec)
+    assert float(regular.damping) == pytest.approx(0.01)
+    x = np.ones((4, 96), np.float32)  # rank 1
+    singular = x.T @ x
+    singular[0, 0] *= 0.8  # and not positive definite: no float noise decides this
+    q, stats = gptq_with_stats(jnp.asarray(w), jnp.asarray(singular), spec, damping=1e-4)
+    assert float(stats.damping) > 1.5e-4
+    assert np.isfinite(np.asarray(dequantize(q))).all()
+
+
+@pytest.mark.parametrize("h", [np.zeros((40, 40), np.float32), np.full((40, 40), 2.5e-38, np.float32)])
+def test_a_degenerate_hessian_gives_finite_weights(h):
+    w, _ = problem(40, 6)
+    q = gptq(jnp.asarray(w), jnp.asarray(h), QuantSpec(group_size=16, constraint="m2"))
+    assert np.isfinite(np.asarray(dequantize(q))).all()
+
+
+def test_compiled_size_does_not_grow_with_the_matrix():
+    def lines(n):
+        shapes = (jax.ShapeDtypeStruct((n, 64), jnp.float32), jax.ShapeDtypeStruct((n, n), jnp.float32))
+        return gptq_with_stats.lower(*shapes, QuantSpec()).as_text().count("\n")
+
+    assert lines(4096) <= lines(1024) + 5
+
+
+def test_hessian_accumulates_in_float32_and_leaves_padding_out():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 50, 20)) * 100, jnp.bfloat16)
+    mask = rng.integers(0, 2, (3, 50))
+    h = hessian(x, jnp.asarray(mask, jnp.float32))
+    assert h.dtype == jnp.float32
+    rows = np.asarray(x, np.float64).reshape(-1, 20)[mask.ravel() == 1]
+    np.testing.assert_allclose(h, rows.T @ rows, rtol=1e-5, atol=1e-2)
+    # a masked position may hold anything
+    poisoned = jnp.where(mask[..., None] == 1, x, jnp.nan)
+    np.testing.assert_array_equal(hessian(poisoned, jnp.asarray(mask, jnp.float32)), h)
+
+
+def test_output_error_is_its_definition():
+    w, h = problem(60, 7)
+    d = w + np.random.default_rng(1).standard_normal(w.shape).astype(np.float32) * 0.1
+    assert float(output_error(jnp.asarray(w), jnp.asarray(d), jnp.asarray(h))) == pytest.approx(
+        relative_error(w, d.astype(np.float64), h), rel=1e-4
+    )
+    assert float(output_error(jnp.asarray(w), jnp.asarray(d), jnp.zeros_like(h))) == 0
+
+
+def test_compute_groups_over_rows_hold_inside_gptq():
+    w, h = problem(128, 8)
+    q = gptq(jnp.asarray(w), jnp.asarray(h), QuantSpec(group_size=32, constraint="m2", compute_rows=8))
+    assert len(set(np.asarray(q.row_scale).ravel().tolist())) == 1
+    assert dataclasses.replace(q.spec, compute_rows=1) == QuantSpec(group_size=32, constraint="m2")
