@@ -51,7 +51,8 @@ def resolve_model(model: str | Path | None) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # network, authorization and missing repositories each have kinds of their own
         raise FpqError(
-            f"There is no model folder {name}, and no such model could be fetched from the hub ({type(error).__name__})."
+            f"There is no model folder {name}, and no such model could be fetched from the hub "
+            f"({type(error).__name__}); check the name and the network."
         ) from error
 
 
@@ -165,7 +166,9 @@ def read_params(folder: Path) -> Flat:
             arrays = checkpointer.restore(folder.absolute() / _PARAMS, target)
     except Exception as error:  # orbax and tensorstore raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FpqError(f"The arrays in {folder / _PARAMS} cannot be read; the directory is damaged ({reason}).") from error
+        raise FpqError(
+            f"The arrays in {folder / _PARAMS} cannot be read; the directory is damaged ({reason})."
+        ) from error
     return {path: _leaf(parts, quantized.get(path)) for path, parts in arrays.items()}
 
 

@@ -20,7 +20,7 @@ def demo_topics(*, held_out: bool) -> list[str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise FpqError(
-            "The demo text is CPython's pydoc topics, which this Python lacks; name a text file: --calibration FILE.txt."
+            "The demo text is CPython's pydoc topics, which this Python lacks; name a text: --calibration FILE.txt."
         ) from error
     order = sorted(topics, key=_hash)
     return [topics[name].strip() for name in order if (_hash(name) < _HELD_OUT) == held_out]

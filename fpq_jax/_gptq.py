@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): rounding with error feedback, as pure functions of arrays.
 
-Lingo, after the paper: W [in, out] the weight, H [in, in] the Hessian X^T X (any positive multiple of it), D = W - Q the
-residual, U the upper Cholesky factor of the inverse Hessian.
+Lingo, after the paper: W [in, out] the weight, H [in, in] the Hessian X^T X (any positive multiple of it), D = W - Q
+the residual, U the upper Cholesky factor of the inverse Hessian.
 
 The published algorithm walks over the inputs, and after each one moves what is left of the weights by the rounding
 error times a row of U. Here the same numbers come without an inverse. With the upper triangular R of H = R R^T (a
@@ -21,10 +21,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from fpq_jax._qtensor import QTensor, assemble
 from fpq_jax._formats import encode
+from fpq_jax._qtensor import QTensor, assemble
 from fpq_jax._scales import group_scale, quantized_values, row_reference
 from fpq_jax._spec import QuantSpec
 
@@ -36,7 +36,7 @@ _MAX_DAMPING_STEPS = 8  # each raises the damping tenfold
 _dot = partial(jnp.matmul, precision="highest")
 
 
-def hessian(x: Float[Array, "*batch in"], mask: Float[Array, "*batch"] | None = None) -> Float[Array, "in in"]:
+def hessian(x: Float[Array, "*batch in"], mask: Shaped[Array, "*batch"] | None = None) -> Float[Array, "in in"]:
     """X^T X of a batch of inputs in float32; positions where ``mask`` is zero are left out."""
     x = x.astype(jnp.float32)
     if mask is not None:
@@ -69,7 +69,7 @@ def gptq_with_stats(
 ) -> tuple[QTensor, GptqStats]:
     """``gptq``, and what it had to do to succeed."""
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
-    in_features, out_features = w.shape
+    in_features = w.shape[0]
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
     hessian = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0))
@@ -250,9 +250,7 @@ def _solve(
             scale_block = scales[0]
         else:
             first_group = start // group
-            scale_block = jnp.repeat(
-                jax.lax.dynamic_slice_in_dim(scales, first_group, block // group), group, axis=0
-            )
+            scale_block = jnp.repeat(jax.lax.dynamic_slice_in_dim(scales, first_group, block // group), group, axis=0)
         residual = jax.lax.dynamic_update_slice_in_dim(residual, w_block - values_block * scale_block, start, 0)
         values = jax.lax.dynamic_update_slice_in_dim(values, values_block, start, 0)
         return values, residual, scales, exponents

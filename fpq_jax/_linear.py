@@ -41,12 +41,15 @@ def linear(
     if isinstance(kernel, Observed):
         seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation)
         kernel.record(x, seen)
-        x, kernel = seen, kernel.kernel
-    y = x @ kernel
+        y = seen @ kernel.kernel
+    else:
+        y = x @ kernel
     return y if bias is None else y + bias
 
 
-def quantize_tokens(x: Float[Array, "*batch in"], fmt: Format) -> tuple[Shaped[Array, "*batch in"], Float[Array, "*batch 1"]]:
+def quantize_tokens(
+    x: Float[Array, "*batch in"], fmt: Format
+) -> tuple[Shaped[Array, "*batch in"], Float[Array, "*batch 1"]]:
     """Codes of ``x`` and one float32 scale per token (absmax / format max; 1 for a token of zeros)."""
     scale = _token_scale(x, fmt)
     return encode(x.astype(jnp.float32) / scale, fmt), scale
@@ -69,9 +72,9 @@ def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | No
     else:
         codes, token_scale = quantize_tokens(x, q.spec.activation)
         if q.has_fp8_form:
-            weight = expand(q)
-            y = jax.lax.dot_general(codes, weight.codes, contract_last, preferred_element_type=jnp.float32)
-            y = (y * token_scale) * weight.row_scale.T  # two products: XLA fuses both behind the FP8 matmul
+            expanded = expand(q)
+            y = jax.lax.dot_general(codes, expanded.codes, contract_last, preferred_element_type=jnp.float32)
+            y = (y * token_scale) * expanded.row_scale.T  # two products: XLA fuses both behind the FP8 matmul
         else:
             weight = dequantize(q, jnp.bfloat16, low_rank=False)
             y = jnp.matmul(codes.astype(jnp.bfloat16), weight, preferred_element_type=jnp.float32) * token_scale

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import E4M3, cast, decode, encode, pack, unpack
+from fpq_jax._formats import E4M3, decode, encode, pack, unpack
 from fpq_jax._scales import group_scale, power_of_two, row_reference
 from fpq_jax._spec import QuantSpec
 
@@ -82,7 +82,6 @@ class QTensor:
     def has_fp8_form(self) -> bool:
         """Whether one full-K FP8 product computes it: there are no free group scales."""
         return self.group_scale is None
-
 
 
 def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
@@ -155,14 +154,22 @@ def expand(q: QTensor) -> QTensor:
     if not q.has_fp8_form:
         raise FpqError("A weight with free group scales has no exact FP8 form; quantize it with constraint m1 or m2.")
     codes = unpack(q.codes, q.shape[0])
-    spec = replace(q.spec, format=E4M3, group_size="channel" if q.row_scale.shape[0] > 1 else q.spec.group_size, constraint=None, compute_rows=1)
+    spec = replace(
+        q.spec,
+        format=E4M3,
+        group_size="channel" if q.row_scale.shape[0] > 1 else q.spec.group_size,
+        constraint=None,
+        compute_rows=1,
+    )
     if q.exponents is None:
         return replace(q, codes=decode(codes, fmt, E4M3.dtype), spec=spec)
     low, high = fmt.exact_shifts
     if not isinstance(q.exponents, jax.core.Tracer) and q.exponents.size:
         found = int(q.exponents.min()), int(q.exponents.max())
         if found[0] < low or found[1] > high:
-            raise FpqError(f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {fmt} expands exactly.")
+            raise FpqError(
+                f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {fmt} expands exactly."
+            )
     # one byte table per shift: adding to the exponent field would be wrong for 0 and subnormals
     magnitudes = fmt.values[None, :].astype(np.float64) * 2.0 ** np.arange(low, high + 1)[:, None]
     table = np.concatenate([magnitudes, -magnitudes], axis=1).astype(jnp.float8_e4m3fn)

@@ -53,7 +53,11 @@ def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Float[Array, " 
 
 
 def group_scale(
-    w: Float[Array, "g out"], reference: Float[Array, " out"], weight: Float[Array, " g"], spec: QuantSpec, in_features: int
+    w: Float[Array, "g out"],
+    reference: Float[Array, " out"],
+    weight: Float[Array, " g"],
+    spec: QuantSpec,
+    in_features: int,
 ) -> tuple[Float[Array, " out"], Int[Array, " out"]]:
     """(scale, exponent) of one group for each output, from its weights as they are now; exponent 0 for free scales.
 
@@ -89,7 +93,12 @@ def _top(spec: QuantSpec, in_features: int) -> int:
 
 
 def _search(
-    w: Float[Array, "g out"], reference: Float[Array, " out"], weight: Float[Array, " g"], up: Array, low: int, fmt: Format
+    w: Float[Array, "g out"],
+    reference: Float[Array, " out"],
+    weight: Float[Array, " g"],
+    up: Array,
+    low: int,
+    fmt: Format,
 ) -> Int[Array, " out"]:
     """The exponent with the least weighted squared error, ties to the larger.
 

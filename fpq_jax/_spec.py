@@ -38,7 +38,9 @@ class QuantSpec:
             if self.activation.dtype is None:
                 raise FpqError(f"activation {self.activation} is a 4-bit format; activations take e4m3 or e5m2.")
         size = self.group_size
-        if size not in ("channel", "tensor") and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        if size not in ("channel", "tensor") and not (
+            isinstance(size, int) and not isinstance(size, bool) and size > 0
+        ):
             raise FpqError(f'group_size is {size!r}; it must be a positive number, "channel" or "tensor".')
         if self.constraint not in (None, "m1", "m2"):
             raise FpqError(f"constraint is {self.constraint!r}; it must be m1, m2 or nothing.")

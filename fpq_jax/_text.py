@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fpq_jax._demo import demo_topics
-from fpq_jax._errors import FpqError
+from fpq_jax._errors import FpqError, check_at_least
 
 Split = Literal["calibration", "evaluation"]
 Windows = Int[np.ndarray, "N L"]
@@ -26,6 +26,7 @@ Windows = Int[np.ndarray, "N L"]
 _SPECS = "wikitext2, ptb, c4, demo, or the path of a .txt, .raw, .tokens, .jsonl or .jsonl.gz file"
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+_DEFAULT_LENGTH = 2048
 _C4_EVALUATION = (1100, 256)  # documents, windows
 _TAIL_SHARE, _TAIL_WINDOWS = 0.1, 64  # held back from the calibration text: this share, at most so many windows
 _TAIL = " (held-back tail)"
@@ -42,6 +43,14 @@ def check_spec(spec: str) -> None:
         raise FpqError(f"There is no text file {spec}.")
 
 
+def window_length(seq_len: int | None, max_positions: int) -> int:
+    """Tokens per window: as asked for, or 2,048 or the model's longest if that is shorter."""
+    check_at_least(2, seq_len=seq_len)  # a token is predicted from one before it
+    if seq_len is not None and seq_len > max_positions:
+        raise FpqError(f"--seq-len {seq_len} is more than the model's {max_positions} positions.")
+    return seq_len or min(_DEFAULT_LENGTH, max_positions)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, by transformers; no remote code is run."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -52,7 +61,9 @@ def load_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, all about the files in the folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FpqError(f"No tokenizer can be loaded from {folder} ({reason}); copy the model's tokenizer files there.") from error
+        raise FpqError(
+            f"No tokenizer can be loaded from {folder} ({reason}); copy the model's tokenizer files there."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class CalibrationText:
     """windows [N, L] to calibrate on; tail [M, L] held back from the same text, None if none was asked for."""
 
     windows: Windows
-    tail: Windows | None
+    tail: Int[np.ndarray, "M L"] | None
 
 
 def calibration_text(
@@ -123,7 +134,7 @@ def _tokenize(documents: list[str], tokenizer: Any, vocab_size: int, spec: str) 
     tokens = np.concatenate([np.asarray(ids, np.int32) for ids in encoded]) if encoded else np.zeros(0, np.int32)
     if len(tokens) and tokens.max() >= vocab_size:
         raise FpqError(
-            f"The tokenizer gives token {tokens.max()} for {spec}, but the model's vocabulary ends at {vocab_size - 1}; "
+            f"The tokenizer gives token {tokens.max()} for {spec}, but the model's last is {vocab_size - 1}; "
             "tokenizer and model do not belong together."
         )
     return tokens

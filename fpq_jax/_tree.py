@@ -1,4 +1,4 @@
-"""Parameters as flat dicts: {"layers.0.mlp.up_proj.kernel": leaf}. Nested dicts only where another library wants them."""
+"""Parameters as flat dicts: {"layers.0.mlp.up_proj.kernel": leaf}; nested ones only where a library wants them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -42,15 +42,17 @@ def main(options: Options) -> None:
     model = load(folder, expanded=True)
     tokenizer = load_tokenizer(folder)
     prompt = list(tokenizer(options.prompt)["input_ids"])
-    shown = ""
     new: list[int] = []
+    shown = tokenizer.decode(prompt, skip_special_tokens=True)
+    console.print(shown, end="", markup=False)
 
-    def show(token: int) -> None:
+    def show(token: int | None) -> None:
         # decoded whole each time: a character may span tokens, a token's spaces depend on what stands before it
         nonlocal shown
-        new.append(token)
+        if token is not None:
+            new.append(token)
         text = tokenizer.decode(prompt + new, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
+        if token is None or not text.endswith("\ufffd"):
             console.print(text[len(shown) :], end="", markup=False)
             shown = text
 
@@ -64,6 +66,7 @@ def main(options: Options) -> None:
         seed=options.seed,
         on_token=show,
     )
+    show(None)
     console.print()
     speed = f"{result.decode_steps / result.decode_seconds:.1f} tokens/s" if result.decode_steps else "no further step"
     console.print(

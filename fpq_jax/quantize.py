@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import yaml
 
 from fpq_jax._checkpoint import check_output, is_quantized_dir, new_directory, resolve_model, stored_bytes, write_params
@@ -19,7 +18,16 @@ from fpq_jax._perplexity import Perplexity, perplexity
 from fpq_jax._pipeline import LinearResult, linears, quantize_checkpoint
 from fpq_jax._qtensor import QTensor, expand_all
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
-from fpq_jax._report import ROW_TITLE, VERSION, bits_per_weight, environment, layer_row, row_text, size_text, write_report
+from fpq_jax._report import (
+    ROW_TITLE,
+    VERSION,
+    bits_per_weight,
+    environment,
+    layer_row,
+    row_text,
+    size_text,
+    write_report,
+)
 from fpq_jax._text import (
     CalibrationText,
     Windows,
@@ -162,7 +170,9 @@ def _prepare(options: Options) -> _Job:
 
 
 def _evaluate_all(job: _Job, params: Flat, which: str) -> dict[str, Perplexity]:
-    model = build_model(job.checkpoint.model_class, job.checkpoint.model_config, expand_all(params))
+    model = build_model(
+        job.checkpoint.model_class, job.checkpoint.model_config, expand_all(jax.tree.map(jnp.asarray, params))
+    )
     values = {}
     for spec, windows in job.evaluation.items():
         with progress(f"{which}: perplexity on {spec}", len(windows)) as advance:
@@ -172,7 +182,8 @@ def _evaluate_all(job: _Job, params: Flat, which: str) -> dict[str, Perplexity]:
 
 def _quantize(job: _Job, seed: int) -> tuple[Flat, list[LinearResult]]:
     samples, length = job.calibration.windows.shape
-    console.print(f"Quantizing {job.model_name} with {job.recipe.name}, {samples} windows of {length} tokens of {job.calibration_spec}")
+    what = f"{job.model_name} with {job.recipe.name}"
+    console.print(f"Quantizing {what}: {samples} windows of {length} tokens of {job.calibration_spec}", markup=False)
     console.print(ROW_TITLE)
     with progress("layers", job.checkpoint.model_config.num_hidden_layers) as advance:
         return quantize_checkpoint(
@@ -210,7 +221,11 @@ def _report(
         "dtype": str(job.dtype),
         "seed": options.seed,
         "perplexity": {
-            spec: {"original": original[spec].value, "quantized": quantized[spec].value, "tokens": original[spec].tokens}
+            spec: {
+                "original": original[spec].value,
+                "quantized": quantized[spec].value,
+                "tokens": original[spec].tokens,
+            }
             for spec in job.evaluation
         },
         "layers": [layer_row(result) for result in results],
@@ -240,7 +255,9 @@ def _print_summary(options: Options, job: _Job, params: Flat, report: dict[str, 
     console.print(f"\n{'perplexity':<40} {'original':>10} {'quantized':>10} {'tokens':>10}", markup=False)
     for spec, row in report["perplexity"].items():
         shown = spec if len(spec) <= 40 else f"...{spec[-37:]}"
-        console.print(f"{shown:<40} {row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}", markup=False)
+        console.print(
+            f"{shown:<40} {row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}", markup=False
+        )
     size = report["bytes"]
     console.print(
         f"\n{report['bits_per_weight']:.3f} bits per quantized weight; "
@@ -248,7 +265,9 @@ def _print_summary(options: Options, job: _Job, params: Flat, report: dict[str, 
     )
     quantized = [leaf for leaf in params.values() if isinstance(leaf, QTensor)]
     if any(q.spec.activation is not None and not q.has_fp8_form for q in quantized):
-        console.print("Free group scales have no FP8 form: these Linears multiply in bfloat16. Recipes with m1 or m2 run in FP8.")
+        console.print(
+            "Free group scales have no FP8 form: these Linears multiply in bfloat16. Recipes with m1 or m2 run in FP8."
+        )
     if job.output is None:
         console.print("No --output was named, so the quantized model was measured and not kept.")
         return

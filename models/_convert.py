@@ -115,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def find_architecture(config: Mapping[str, Any], architectures: Mapping[str, Any]) -> Any:
     """The model class of a config.json."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in architectures:
         raise FpqError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(architectures)}.")
     if config.get("quantization_config"):
@@ -192,7 +192,9 @@ def _open(folder: Path) -> dict[Path, Any]:
         try:
             files[folder / name] = safe_open(folder / name, framework="numpy")
         except (SafetensorError, OSError) as error:
-            raise FpqError(f"{folder / name} is truncated or no safetensors file ({error}); download it again.") from error
+            raise FpqError(
+                f"{folder / name} is truncated or no safetensors file ({error}); download it again."
+            ) from error
     return files
 
 

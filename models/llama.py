@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from fpq_jax.models._layers import Embedding, LayerCache, Linear, RMSNorm, attend, rotate
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
-from fpq_jax.models._layers import Embedding, LayerCache, Linear, RMSNorm, attend, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,15 @@ class LlamaConfig:
         if missing := [key for key in required if config.get(key) is None]:
             raise FpqError(f"config.json lacks {', '.join(missing)}, which a LLaMA needs.")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise FpqError(f"config.json: hidden_act {config['hidden_act']!r} is not supported for LLaMA; only 'silu' is.")
+            raise FpqError(
+                f"config.json: hidden_act {config['hidden_act']!r} is not supported for LLaMA; only 'silu' is."
+            )
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            raise FpqError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
+            raise FpqError(
+                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
+            )
         # transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
@@ -107,6 +111,8 @@ def _llama3_frequencies(frequencies: np.ndarray, factor: float, low: float, high
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
         self.frequencies = tuple(config.inverse_frequencies().tolist())
@@ -130,6 +136,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """The gated feed-forward network (SwiGLU)."""
+
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         options: Any = dict(use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **options)

@@ -23,10 +23,10 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
+from fpq_jax.models.llama import Llama, LlamaConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fpq_jax._demo import demo_topics
-from fpq_jax.models.llama import Llama, LlamaConfig
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -170,7 +170,11 @@ def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray], le
                 progress.update(bar, advance=1)
                 if (i + 1) % options.evaluate_every == 0 or i + 1 == options.steps:
                     losses = {
-                        name: float(np.mean([evaluate(state, windows=w) for w in np.array_split(windows_, -(-len(windows_) // 8))]))
+                        name: float(
+                            np.mean(
+                                [evaluate(state, windows=w) for w in np.array_split(windows_, -(-len(windows_) // 8))]
+                            )
+                        )
                         for name, windows_ in valid.items()
                     }
                     row = {"step": i + 1, "train": float(loss), "valid": losses, "seconds": round(time.time() - began)}
@@ -185,11 +189,14 @@ def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray], le
 def write_model(state, folder: Path) -> None:
     """bf16 safetensors under Hugging Face's names, and config.json."""
     from fpq_jax.models import to_hf_tensors
-
     from safetensors.flax import save_file
 
     tensors = to_hf_tensors(Llama, nnx.to_pure_dict(state))
-    save_file({name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
 
 
@@ -209,7 +216,10 @@ def main(options: Options) -> None:
     for name, documents in valid_texts.items():
         ids = np.concatenate([e.ids for e in tokenizer.encode_batch(documents)]).astype(np.int32)
         valid[name] = ids[: min(len(ids) // length, 48) * length].reshape(-1, length)
-    print(f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:", {k: len(v) for k, v in valid.items()})
+    print(
+        f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:",
+        {k: len(v) for k, v in valid.items()},
+    )
     state = train(options, tokens, valid, length)
     write_model(state, options.output)
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -51,7 +52,6 @@ def random_tensors(config: dict, seed: int = 0, scale: float = 3.0) -> dict:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-
     from fpq_jax.models import model_class_of, params_of, to_hf_tensors
 
     model_class = model_class_of(config)
@@ -61,7 +61,7 @@ def random_tensors(config: dict, seed: int = 0, scale: float = 3.0) -> dict:
         path: leaf * scale if leaf.ndim > 1 else leaf + 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
         for i, (path, leaf) in enumerate(params_of(model).items())
     }
-    return to_hf_tensors(model_class, params)
+    return {name: np.array(tensor) for name, tensor in to_hf_tensors(model_class, params).items()}
 
 
 def write_checkpoint(folder: Path, config: dict, tensors: dict) -> Path:

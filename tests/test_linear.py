@@ -113,4 +113,6 @@ def test_an_observed_kernel_multiplies_and_records_the_quantized_input():
 
 def test_gradients_reach_the_input_of_a_plain_kernel():
     x, w, _ = operands()
-    np.testing.assert_allclose(jax.grad(lambda x: linear(x, w).sum())(x), np.broadcast_to(w.sum(1), x.shape), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: linear(x, w).sum())(x), np.broadcast_to(w.sum(1), x.shape), rtol=1e-4, atol=1e-5
+    )

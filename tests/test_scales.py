@@ -81,9 +81,16 @@ def test_groups_far_apart_stay_in_the_exact_range(fmt, constraint):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 1e38])
-@pytest.mark.parametrize("spec", [QuantSpec(group_size=8), QuantSpec(group_size=8, constraint="m1"),
-                                  QuantSpec(group_size=8, constraint="m2"), QuantSpec(format="e4m3", group_size="channel")],
-                         ids=["free", "m1", "m2", "w8"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(group_size=8),
+        QuantSpec(group_size=8, constraint="m1"),
+        QuantSpec(group_size=8, constraint="m2"),
+        QuantSpec(format="e4m3", group_size="channel"),
+    ],
+    ids=["free", "m1", "m2", "w8"],
+)
 def test_extreme_weights_stay_finite(scale, spec):
     w = (np.random.default_rng(5).uniform(-1, 1, (24, 6)) * scale).astype(np.float32)
     w[:8, 2] = 0

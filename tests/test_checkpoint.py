@@ -1,0 +1,131 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fpq_jax.models import params_of, with_params
+
+from fpq_jax import FpqError, QuantSpec, load, lorc, quantize_array, save
+from fpq_jax._checkpoint import check_output, new_directory, resolve_model, stored_bytes
+
+SPECS = {
+    "m2": QuantSpec(group_size=32, constraint="m2"),
+    "free": QuantSpec(group_size=32),
+    "w8": QuantSpec(format="e4m3", group_size="channel"),
+    "e5m2": QuantSpec(format="e5m2", group_size="tensor", activation="e5m2"),
+    "e3m0": QuantSpec(format="e3m0", group_size=20, constraint="m1"),
+    "w4a16": QuantSpec(group_size=32, activation=None),
+}
+
+
+@pytest.fixture
+def quantized(tiny_llama):
+    """A model with every kind of leaf in it."""
+    model = load(tiny_llama)
+    kernels = [path for path in params_of(model) if path.endswith("_proj.kernel")]
+    new = {}
+    for i, path in enumerate(kernels):
+        w = params_of(model)[path]
+        q = quantize_array(w, list(SPECS.values())[i % len(SPECS)])
+        new[path] = lorc(w, q, rank=3, dtype="int8" if i % 2 else "bfloat16") if i % 3 else q
+    return with_params(model, new)
+
+
+def test_a_fresh_process_gives_bit_identical_logits(tmp_path, quantized):
+    save(tmp_path / "out", quantized)
+    tokens = np.arange(40).reshape(2, 20)
+    np.save(tmp_path / "expected.npy", quantized(jnp.asarray(tokens)))
+    code = (
+        "import sys, numpy as np, jax.numpy as jnp, fpq_jax as fpq\n"
+        "model = fpq.load(sys.argv[1] + '/out')\n"
+        "logits = np.asarray(model(jnp.arange(40).reshape(2, 20)))\n"
+        "np.testing.assert_array_equal(logits, np.load(sys.argv[1] + '/expected.npy'))\n"
+        "print('identical')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "identical\n", done.stderr
+
+
+def test_every_leaf_comes_back_as_it_was(tmp_path, quantized):
+    save(tmp_path / "out", quantized)
+    before, after = params_of(quantized), params_of(load(tmp_path / "out"))
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+def test_expanded_is_the_same_model_without_unpacking(tmp_path, quantized):
+    save(tmp_path / "out", quantized)
+    tokens = jnp.arange(20)[None]
+    model = load(tmp_path / "out", expanded=True)
+    np.testing.assert_array_equal(model(tokens), load(tmp_path / "out")(tokens))
+    assert stored_bytes(params_of(model)) > stored_bytes(params_of(quantized))
+
+
+def test_the_unquantized_dtype_can_be_chosen(tmp_path, quantized):
+    save(tmp_path / "out", quantized)
+    params = params_of(load(tmp_path / "out", dtype="bfloat16"))
+    assert params["norm.scale"].dtype == jnp.bfloat16
+    assert params["layers.0.mlp.up_proj.kernel"].spec in SPECS.values()
+
+
+@pytest.mark.parametrize("damage", ["manifest", "version", "arrays", "part"])
+def test_a_damaged_directory_is_said(tmp_path, quantized, damage):
+    out = tmp_path / "out"
+    save(out, quantized)
+    manifest = json.loads((out / "fpq.json").read_text())
+    if damage == "manifest":
+        (out / "fpq.json").write_text(json.dumps(manifest)[:-40])
+    elif damage == "version":
+        (out / "fpq.json").write_text(json.dumps({**manifest, "version": 99}))
+    elif damage == "arrays":
+        shutil.rmtree(out / "params")
+    else:
+        for file in (out / "params").rglob("*"):
+            if file.is_file() and "d/" in str(file):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(FpqError, match=r"damaged|version 99"):
+        load(out)
+
+
+def test_outputs_are_refused_or_appear_whole(tmp_path, quantized):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("years of work")
+    with pytest.raises(FpqError, match="not empty"):
+        save(full, quantized)
+    with pytest.raises(FpqError, match="not empty"):
+        check_output(full / "thesis.tex")
+    with pytest.raises(FpqError, match="no writable folder"):
+        check_output(full / "thesis.tex" / "below")
+    assert (full / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "new") as folder:
+        (folder / "half").write_text("done")
+        raise RuntimeError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "tiny"]
+    (tmp_path / "new").mkdir()
+    with new_directory(tmp_path / "new") as folder:
+        (folder / "file").write_text("done")
+    assert (tmp_path / "new" / "file").read_text() == "done"
+
+
+def test_models_that_are_nowhere_are_said(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    for name in ("/nowhere/at/all", "./nowhere", "nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(FpqError, match="There is no model folder"):
+            resolve_model(name)
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(FpqError, match="no such model could be fetched from the hub"):
+        resolve_model("someone/model")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    assert resolve_model("someone/model") == tmp_path

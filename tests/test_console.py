@@ -1,0 +1,57 @@
+import errno
+from dataclasses import dataclass
+
+import pytest
+
+from fpq_jax import FpqError
+from fpq_jax._console import progress, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Do something."""
+
+    number: int = 3
+    """A number."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (FpqError("The thing is wrong; do the other thing."), 2, "error: The thing is wrong; do the other thing.\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "error: No space left on device: out/x.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted; nothing was written.\n"),
+    ],
+)
+def test_errors_are_one_sentence_and_a_status(monkeypatch, capsys, error, status, said):
+    def main(options):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["prog"])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main, Options, "quantize")
+    assert exit_.value.code == status and capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def main(options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("sys.argv", ["prog", "--number", "4"])
+    with pytest.raises(ZeroDivisionError):
+        run_command(main, Options, "quantize")
+
+
+def test_a_wrong_flag_ends_with_status_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prog", "--numbr", "4"])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda options: None, Options, "quantize")
+    assert exit_.value.code == 2
+    assert "--numbr" in capsys.readouterr().err
+
+
+def test_progress_draws_nothing_without_a_terminal(capsys):
+    with progress("work", 3) as advance:
+        advance()
+        advance(2)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,55 @@
+"""The command evaluate on Hugging Face folders; what quantize wrote is evaluated in test_quantize."""
+
+import json
+
+import pytest
+
+from fpq_jax import load, save
+from fpq_jax._console import run_command
+from fpq_jax._perplexity import perplexity
+from fpq_jax._text import evaluation_windows, load_tokenizer
+from fpq_jax.evaluate import Options, main
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, arguments)])
+    run_command(main, Options, "evaluate")
+
+
+def test_an_unquantized_model(monkeypatch, capsys, tmp_path, tiny_llama, text_file):
+    report = tmp_path / "r.json"
+    command(
+        monkeypatch, "--model", tiny_llama, "--eval", text_file, "--seq-len", 20, "--max-windows", 3, "--report", report
+    )
+    windows = evaluation_windows(str(text_file), load_tokenizer(tiny_llama), length=20, vocab_size=300)[:3]
+    expected = perplexity(load(tiny_llama), windows)
+    assert json.loads(report.read_text())["perplexity"] == {
+        str(text_file): {"original": expected.value, "tokens": expected.tokens}
+    }
+    assert f"{expected.value:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/nowhere"], "There is no model folder"),
+        (["--eval", "absent.txt"], "There is no text file"),
+        (["--seq-len", "1"], "--seq-len is 1"),
+        (["--seq-len", "100"], "more than the model's 64"),
+        (["--max-windows", "0"], "--max-windows is 0"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(monkeypatch, capsys, tiny_llama, text_file, arguments, said):
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, "--model", tiny_llama, "--eval", text_file, *arguments)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_a_directory_without_a_report_asks_for_texts(monkeypatch, capsys, tmp_path, tiny_llama):
+    save(tmp_path / "out", load(tiny_llama))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "out" / name).write_bytes((tiny_llama / name).read_bytes())
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--model", tmp_path / "out")
+    assert "name --eval" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from fpq_jax._console import run_command
+from fpq_jax._text import load_tokenizer
+from fpq_jax.generate import Options, _stop_tokens, main
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["generate", *map(str, arguments)])
+    run_command(main, Options, "generate")
+
+
+def test_it_prints_the_text_and_its_speed(monkeypatch, capsys, tiny_llama):
+    for extra in ([], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 3]):
+        command(monkeypatch, "--model", tiny_llama, "--prompt", "the fox [b]", "--max-new-tokens", 9, *extra)
+        printed = capsys.readouterr().out
+        assert printed.startswith("the fox [b]")
+        assert "12 prompt tokens" in printed and "tokens/s" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--top-p", "0"], "--top-p is 0"),
+        (["--model", "/nowhere"], "There is no model folder"),
+        (["--prompt", "x" * 100], "at most 63"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(monkeypatch, capsys, tiny_llama, arguments, said):
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, "--model", tiny_llama, "--prompt", "a", *arguments)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_stop_tokens_come_from_the_generation_config_first(tiny_llama):
+    tokenizer = load_tokenizer(tiny_llama)
+    assert _stop_tokens(tiny_llama, tokenizer) == {257}
+    (tiny_llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert _stop_tokens(tiny_llama, tokenizer) == {5, 6}
+    (tiny_llama / "generation_config.json").unlink()
+    (tiny_llama / "config.json").write_text("{}")
+    assert _stop_tokens(tiny_llama, tokenizer) == {257}

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from fpq_jax.models import build_model, open_checkpoint
+
+from fpq_jax import QTensor, Recipe, dequantize, gptq
+from fpq_jax._demo import demo_model_path
+from fpq_jax._linear import fake_quantize_tokens
+from fpq_jax._perplexity import perplexity
+from fpq_jax._pipeline import linears, quantize_checkpoint
+from fpq_jax._text import calibration_text, load_tokenizer
+
+
+def recipe(**options):
+    return Recipe.from_dict({"weight": {"group_size": 32, "constraint": "m2"}, **options})
+
+
+@pytest.fixture
+def windows():
+    return np.random.default_rng(0).integers(0, 300, (21, 48)).astype(np.int32)
+
+
+def test_every_linear_is_quantized_better_than_by_rounding_and_lorc_helps(tiny_llama, windows):
+    checkpoint = open_checkpoint(tiny_llama)
+    seen = []
+    params, results = quantize_checkpoint(checkpoint, recipe(), windows, jnp.float32, on_linear=seen.append)
+    assert seen == results and len(results) == 14
+    assert {r.name for r in results} == set(linears(checkpoint).values())
+    assert params.keys() == checkpoint.shapes.keys()
+    assert all(r.error < r.rounding_error for r in results)
+    assert all(isinstance(leaf, QTensor) == path.endswith("_proj.kernel") for path, leaf in params.items())
+    _, corrected = quantize_checkpoint(checkpoint, recipe(lorc={"rank": 4}), windows, jnp.float32)
+    assert all(b.error < a.error for a, b in zip(results, corrected, strict=True))
+
+
+def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_llama, windows):
+    """The second layer's q_proj, by hand: embed, first layer quantized, norm, quantized activations, X^T X, GPTQ."""
+    checkpoint = open_checkpoint(tiny_llama)
+    what = recipe()
+    params, _ = quantize_checkpoint(checkpoint, what, windows, jnp.float32)
+    model = build_model(checkpoint.model_class, checkpoint.model_config, params)
+    positions = jnp.broadcast_to(jnp.arange(48), windows.shape)
+    hidden, _ = model.layers[0](model.embed(jnp.asarray(windows), positions), positions)
+    x = fake_quantize_tokens(model.layers[1].input_layernorm(hidden), what.default.spec.activation)
+    rows = np.asarray(x, np.float64).reshape(-1, 48)
+    h = jnp.asarray(rows.T @ rows / len(rows), jnp.float32)
+    w = jnp.asarray(checkpoint.read(jnp.float32, "layers.1.self_attn.q_proj")["layers.1.self_attn.q_proj.kernel"])
+    expected = np.asarray(dequantize(gptq(w, h, what.default.spec)))
+    got = np.asarray(dequantize(jax.tree.map(jnp.asarray, params["layers.1.self_attn.q_proj.kernel"])))
+    assert (got == expected).mean() > 0.99
+
+
+def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows, monkeypatch):
+    """One window a batch, and batches that do not divide the windows, give the same result."""
+    import fpq_jax._pipeline as pipeline
+
+    checkpoint = open_checkpoint(tiny_llama)
+    monkeypatch.setattr(pipeline, "batch_size", lambda n, length: 1)
+    single, _ = quantize_checkpoint(checkpoint, recipe(), windows, jnp.float32)
+    monkeypatch.setattr(pipeline, "batch_size", lambda n, length: 16)
+    filled, _ = quantize_checkpoint(checkpoint, recipe(), windows, jnp.float32)
+    for path, leaf in single.items():
+        if isinstance(leaf, QTensor):
+            assert (leaf.codes == filled[path].codes).mean() > 0.98
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_llama, windows):
+    checkpoint = open_checkpoint(tiny_llama)
+    runs = [quantize_checkpoint(checkpoint, recipe(lorc={}), windows, jnp.float32, seed=3)[0] for _ in range(2)]
+    for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
+    checkpoint = open_checkpoint(demo_model_path())
+    tokenizer = load_tokenizer(checkpoint.folder)
+    options = {"length": 256, "vocab_size": checkpoint.model_config.vocab_size}
+    text = calibration_text("demo", tokenizer, num_samples=32, seed=0, hold_back=True, **options)
+    build = lambda params: build_model(checkpoint.model_class, checkpoint.model_config, params)
+    values = {"original": perplexity(build(checkpoint.read(jnp.float32)), text.tail[:32]).value}
+    for method in ("gptq", "round"):
+        what = Recipe.from_dict({"weight": {"constraint": "m2"}, "method": method})
+        params, results = quantize_checkpoint(checkpoint, what, text.windows, jnp.float32)
+        values[method] = perplexity(build(params), text.tail[:32]).value
+        assert all((r.error < r.rounding_error) == (method == "gptq") for r in results)
+    assert values["original"] < values["gptq"] < values["round"] < 1.2 * values["original"]
+
+
+def test_rules_leave_linears_as_they_are(tiny_llama, windows):
+    what = recipe(rules=[{"match": "model.layers.0.*", "quantize": False}])
+    params, results = quantize_checkpoint(open_checkpoint(tiny_llama), what, windows, jnp.float32)
+    assert {r.name.split(".")[2] for r in results} == {"1"}
+    assert not isinstance(params["layers.0.mlp.up_proj.kernel"], QTensor)
+
+
+def test_dead_layers_and_zero_weights_are_finite_and_said(tmp_path, windows):
+    tensors = random_tensors(TINY_CONFIG)
+    tensors["model.layers.0.input_layernorm.weight"][:] = 0  # q, k and v see zeros; o as well, through v
+    tensors["model.layers.1.post_attention_layernorm.weight"][:7] = 0  # seven inputs of gate and up never act
+    tensors["model.layers.1.mlp.down_proj.weight"][5] = 0
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
+    params, results = quantize_checkpoint(checkpoint, recipe(lorc={"rank": 2}), windows, jnp.float32)
+    notes = {r.name: " ".join(r.notes) for r in results}
+    for part in "qkvo":
+        assert "all zero during calibration" in notes[f"model.layers.0.self_attn.{part}_proj"]
+    assert "7 inputs were zero" in notes["model.layers.1.mlp.up_proj"]
+    assert "1 output rows are all zero" in notes["model.layers.1.mlp.down_proj"]
+    assert sum(r.fell_back for r in results) == 4
+    for leaf in jax.tree.leaves(params):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    assert np.isfinite(perplexity(build_model(checkpoint.model_class, checkpoint.model_config, params), windows).value)
