@@ -75,6 +75,11 @@ def row_text(result: LinearResult) -> str:
     return "\n".join([line, *(f"  note: {note}" for note in result.notes)])
 
 
+def shortened(spec: str) -> str:
+    """The name of a text in 40 columns; of a long path the end."""
+    return f"{spec if len(spec) <= 40 else '...' + spec[-37:]:<40}"
+
+
 def size_text(size: float) -> str:
     """Bytes for a person."""
     for unit in ("B", "KiB", "MiB"):

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fpq_jax._demo import demo_topics
-from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._errors import FpqError
 
 Split = Literal["calibration", "evaluation"]
 Windows = Int[np.ndarray, "N L"]
@@ -45,7 +45,6 @@ def check_spec(spec: str) -> None:
 
 def window_length(seq_len: int | None, max_positions: int) -> int:
     """Tokens per window: as asked for, or 2,048 or the model's longest if that is shorter."""
-    check_at_least(2, seq_len=seq_len)  # a token is predicted from one before it
     if seq_len is not None and seq_len > max_positions:
         raise FpqError(f"--seq-len {seq_len} is more than the model's {max_positions} positions.")
     return seq_len or min(_DEFAULT_LENGTH, max_positions)

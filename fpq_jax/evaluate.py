@@ -8,10 +8,18 @@ from typing import Any, Literal
 
 from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model
 from fpq_jax._console import console, progress, run_command
-from fpq_jax._errors import FpqError
+from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._perplexity import perplexity
-from fpq_jax._report import VERSION, environment, write_report
-from fpq_jax._text import Windows, calibration_text, check_spec, evaluation_windows, is_tail, load_tokenizer
+from fpq_jax._report import VERSION, environment, shortened, write_report
+from fpq_jax._text import (
+    Windows,
+    calibration_text,
+    check_spec,
+    evaluation_windows,
+    is_tail,
+    load_tokenizer,
+    window_length,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +46,8 @@ def main(options: Options) -> None:
     began = time.perf_counter()
     for spec in options.eval:
         check_spec(spec)
-    for name, value, least in (("--seq-len", options.seq_len, 2), ("--max-windows", options.max_windows, 1)):
-        if value is not None and value < least:
-            raise FpqError(f"{name} is {value}; it must be at least {least}.")
+    check_at_least(1, max_windows=options.max_windows)
+    check_at_least(2, seq_len=options.seq_len)
     folder = resolve_model(options.model)
     quantized = is_quantized_dir(folder)
     model = load(folder, dtype=options.dtype, expanded=True)
@@ -50,10 +57,9 @@ def main(options: Options) -> None:
     console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
     for spec, windows in texts.items():
         with progress(f"perplexity on {spec}", len(windows)) as advance:
-            value = perplexity(model, windows, advance)
-        rows[spec] = {which: value.value, "tokens": value.tokens}
-        shown = spec if len(spec) <= 40 else f"...{spec[-37:]}"
-        console.print(f"{shown:<40} {value.value:>10.4f} {value.tokens:>10,}", markup=False)
+            measured = perplexity(model, windows, advance)
+        rows[spec] = {which: measured.value, "tokens": measured.tokens}
+        console.print(f"{shortened(spec)} {measured.value:>10.4f} {measured.tokens:>10,}", markup=False)
     if options.report is not None:
         report = {
             "version": VERSION,
@@ -76,13 +82,11 @@ def _texts(options: Options, folder: Path, quantized: bool, config: Any) -> dict
         max_windows = max_windows or calibration["max_windows"]
     elif not specs:
         specs = ("demo",) if options.model is None else ("wikitext2",)
-    length = length or min(2048, config.max_position_embeddings)
-    if length > config.max_position_embeddings:
-        raise FpqError(f"--seq-len {length} is more than the model's {config.max_position_embeddings} positions.")
-    texts = {}
+    length = window_length(length, config.max_position_embeddings)
+    texts: dict[str, Windows] = {}
     for spec in specs:
         if calibration is not None and is_tail(spec):
-            held_back = calibration_text(
+            windows = calibration_text(
                 calibration["spec"],
                 tokenizer,
                 num_samples=calibration["requested_samples"],
@@ -90,8 +94,8 @@ def _texts(options: Options, folder: Path, quantized: bool, config: Any) -> dict
                 seed=0,
                 hold_back=True,
                 vocab_size=config.vocab_size,
-            )
-            windows = held_back.tail
+            ).tail
+            assert windows is not None
         else:
             windows = evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size)
         texts[spec] = windows[:max_windows]

@@ -13,7 +13,7 @@ import yaml
 
 from fpq_jax._checkpoint import check_output, is_quantized_dir, new_directory, resolve_model, stored_bytes, write_params
 from fpq_jax._console import console, progress, run_command
-from fpq_jax._errors import FpqError
+from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._perplexity import Perplexity, perplexity
 from fpq_jax._pipeline import LinearResult, linears, quantize_checkpoint
 from fpq_jax._qtensor import QTensor, expand_all
@@ -25,6 +25,7 @@ from fpq_jax._report import (
     environment,
     layer_row,
     row_text,
+    shortened,
     size_text,
     write_report,
 )
@@ -36,6 +37,7 @@ from fpq_jax._text import (
     evaluation_windows,
     load_tokenizer,
     tail_name,
+    window_length,
 )
 from fpq_jax._tree import Flat
 from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint
@@ -115,15 +117,8 @@ def _prepare(options: Options) -> _Job:
     recipe = Recipe.load(options.recipe)
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
-    for name, value in (
-        ("--num-samples", options.num_samples),
-        ("--seq-len", options.seq_len),
-        ("--max-windows", options.max_windows),
-    ):
-        if value is not None and value < 1:
-            raise FpqError(f"{name} is {value}; it must be at least 1.")
-    if options.seq_len == 1:
-        raise FpqError("--seq-len is 1; a window needs two tokens to predict one.")
+    check_at_least(1, num_samples=options.num_samples, max_windows=options.max_windows)
+    check_at_least(2, seq_len=options.seq_len)
     calibration_spec = options.calibration or ("demo" if options.model is None else "c4")
     for spec in (calibration_spec, *options.eval):
         check_spec(spec)
@@ -139,9 +134,7 @@ def _prepare(options: Options) -> _Job:
     checkpoint = open_checkpoint(folder)
     recipe.for_linears(linears(checkpoint).values())
     config = checkpoint.model_config
-    length = options.seq_len or min(2048, config.max_position_embeddings)
-    if length > config.max_position_embeddings:
-        raise FpqError(f"--seq-len {length} is more than the model's {config.max_position_embeddings} positions.")
+    length = window_length(options.seq_len, config.max_position_embeddings)
     tokenizer = load_tokenizer(folder)
     calibration = calibration_text(
         calibration_spec,
@@ -254,10 +247,8 @@ def _recipe_yaml(recipe: Recipe) -> str:
 def _print_summary(options: Options, job: _Job, params: Flat, report: dict[str, Any]) -> None:
     console.print(f"\n{'perplexity':<40} {'original':>10} {'quantized':>10} {'tokens':>10}", markup=False)
     for spec, row in report["perplexity"].items():
-        shown = spec if len(spec) <= 40 else f"...{spec[-37:]}"
-        console.print(
-            f"{shown:<40} {row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}", markup=False
-        )
+        numbers = f"{row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}"
+        console.print(f"{shortened(spec)} {numbers}", markup=False)
     size = report["bytes"]
     console.print(
         f"\n{report['bits_per_weight']:.3f} bits per quantized weight; "
