@@ -168,7 +168,10 @@ def _json_lines(spec: str, file: Any) -> Iterator[str]:
 def _data_set(spec: str, split: Split, characters: int | None) -> list[str]:
     """WikiText-2 raw, PTB or C4 through Hugging Face datasets."""
     import datasets
+    import huggingface_hub
 
+    # its retries would be told one by one; the sentence below tells the outcome
+    huggingface_hub.logging.set_verbosity_error()
     train = split == "calibration"
     try:
         if spec == "wikitext2":

@@ -4,11 +4,13 @@
 
 Text: WikiText-2 train, the C4 sample (all but its last tenth) and CPython's documentation (pydoc topics and the
 docstrings of the standard library). Validation: WikiText-2 validation, that last tenth, and the topics that
-``fpq_jax._demo`` holds back. Started again with the same --work-dir it goes on from the last checkpoint.
+``fpq_jax._demo`` holds back. Started again with the same --work-dir it goes on from the last checkpoint, also to more
+--steps than before, under their schedule.
 """
 
 import ast
 import json
+import math
 import platform
 import sysconfig
 import time
@@ -23,10 +25,14 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
-from fpq_jax.models.llama import Llama, LlamaConfig
+from fpq_jax.models import Llama, LlamaConfig, params_of, to_hf_tensors
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.flax import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from fpq_jax._demo import demo_topics
+from fpq_jax._perplexity import perplexity
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -49,6 +55,9 @@ HF_CONFIG = {
     "eos_token_id": 1,
     "torch_dtype": "bfloat16",
 }
+
+LENGTH = HF_CONFIG["max_position_embeddings"]
+VALIDATION_WINDOWS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +107,8 @@ def corpus(options: Options) -> tuple[list[str], dict[str, list[str]]]:
     return train, valid
 
 
-def train_tokenizer(texts: list[str], folder: Path):
-    """A byte-level BPE tokenizer that puts <s> in front of each text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
+def train_tokenizer(texts: list[str], folder: Path) -> None:
+    """A byte-level BPE tokenizer that puts <s> in front of each text, in Hugging Face's files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -117,86 +123,70 @@ def train_tokenizer(texts: list[str], folder: Path):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
     ).save_pretrained(folder)
-    return tokenizer
 
 
-def loss_fn(state, graph, windows):
-    """Mean next-token cross-entropy of windows [B, T]."""
-    logits = nnx.merge(graph, state)(windows).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], windows[:, 1:]).mean()
-
-
-def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray], length: int):
-    model = Llama(LlamaConfig.from_hf(HF_CONFIG), dtype=jnp.float32, rngs=nnx.Rngs(options.seed))
-    graph, state = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.steps // 20, options.steps, 1e-5)
-    # Muon for the kernels, Adam for the embedding and the norms
+def make_optimizer(options: Options) -> optax.GradientTransformation:
+    """Muon for the kernels, Adam for the embedding and the norms; warm-up and cosine decay."""
     is_kernel = lambda path, _: optax.contrib.MuonDimensionNumbers() if "kernel" in jax.tree_util.keystr(path) else None
-    optimizer = optax.contrib.muon(
-        schedule,
+    return optax.contrib.muon(
+        optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.steps // 20, options.steps, 1e-5),
         consistent_rms=0.2,
         weight_decay=0.1,
         adam_b2=0.98,
         muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(is_kernel, params),
     )
+
+
+def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray]) -> Llama:
+    """The model after ``options.steps`` steps, going on from the last checkpoint in the work folder."""
+    graph, state = nnx.split(Llama(LlamaConfig.from_hf(HF_CONFIG), dtype=jnp.float32, rngs=nnx.Rngs(options.seed)))
+    optimizer = make_optimizer(options)
     opt_state = optimizer.init(state)
+
+    def loss_fn(state, windows):
+        logits = nnx.merge(graph, state)(windows).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], windows[:, 1:]).mean()
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(state, opt_state, windows):
-        loss, grads = jax.value_and_grad(loss_fn)(state, graph, windows)
+        loss, grads = jax.value_and_grad(loss_fn)(state, windows)
         updates, opt_state = optimizer.update(grads, opt_state, state)
         return optax.apply_updates(state, updates), opt_state, loss
 
-    evaluate = jax.jit(partial(loss_fn, graph=graph))
-    log = options.work_dir / "log.jsonl"
-    with ocp.CheckpointManager(
-        (options.work_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    ) as manager:
-        start = 0
-        if manager.latest_step() is not None:
-            start = manager.latest_step()
-            target = {"state": state, "opt_state": opt_state}
-            restored = manager.restore(start, args=ocp.args.StandardRestore(target))
+    folder = (options.work_dir / "checkpoints").absolute()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            restored = manager.restore(start, args=ocp.args.StandardRestore({"state": state, "opt_state": opt_state}))
             state, opt_state = restored["state"], restored["opt_state"]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             bar = progress.add_task("training", total=options.steps, completed=start)
             began = time.time()
             for i in range(start, options.steps):
                 # the draw depends on the step alone, so a resumed run sees what an undisturbed one would
-                offsets = np.random.default_rng((options.seed, i)).integers(0, len(tokens) - length, options.batch_size)
-                windows = np.stack([tokens[o : o + length] for o in offsets]).astype(np.int32)
+                offsets = np.random.default_rng((options.seed, i)).integers(0, len(tokens) - LENGTH, options.batch_size)
+                windows = np.stack([tokens[o : o + LENGTH] for o in offsets]).astype(np.int32)
                 state, opt_state, loss = step(state, opt_state, windows)
                 progress.update(bar, advance=1)
-                if (i + 1) % options.evaluate_every == 0 or i + 1 == options.steps:
-                    losses = {
-                        name: float(
-                            np.mean(
-                                [evaluate(state, windows=w) for w in np.array_split(windows_, -(-len(windows_) // 8))]
-                            )
-                        )
-                        for name, windows_ in valid.items()
-                    }
-                    row = {"step": i + 1, "train": float(loss), "valid": losses, "seconds": round(time.time() - began)}
-                    with log.open("a") as file:
+                done = i + 1
+                if done % options.evaluate_every == 0 or done == options.steps:
+                    model = nnx.merge(graph, state)
+                    losses = {name: math.log(perplexity(model, text).value) for name, text in valid.items()}
+                    row = {"step": done, "train": float(loss), "valid": losses, "seconds": round(time.time() - began)}
+                    with (options.work_dir / "log.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     progress.console.print(row)
-                    manager.save(i + 1, args=ocp.args.StandardSave({"state": state, "opt_state": opt_state}))
+                    manager.save(done, args=ocp.args.StandardSave({"state": state, "opt_state": opt_state}))
             manager.wait_until_finished()
-    return state
+    return nnx.merge(graph, state)
 
 
-def write_model(state, folder: Path) -> None:
+def write_model(model: Llama, folder: Path) -> None:
     """bf16 safetensors under Hugging Face's names, and config.json."""
-    from fpq_jax.models import to_hf_tensors
-    from safetensors.flax import save_file
-
-    tensors = to_hf_tensors(Llama, nnx.to_pure_dict(state))
-    save_file(
-        {name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = to_hf_tensors(Llama, params_of(model))
+    tensors = {name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
 
 
@@ -206,22 +196,17 @@ def main(options: Options) -> None:
     texts, valid_texts = corpus(options)
     if not (options.output / "tokenizer.json").exists():
         train_tokenizer(texts, options.output)
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(options.output / "tokenizer.json"))
+    encode = lambda documents: np.concatenate([e.ids for e in tokenizer.encode_batch(documents)])
     order = np.random.default_rng(options.seed).permutation(len(texts))
-    tokens = np.concatenate([e.ids for e in tokenizer.encode_batch([texts[i] for i in order])]).astype(np.uint16)
-    length = HF_CONFIG["max_position_embeddings"]
+    tokens = encode([texts[i] for i in order]).astype(np.uint16)
     valid = {}
     for name, documents in valid_texts.items():
-        ids = np.concatenate([e.ids for e in tokenizer.encode_batch(documents)]).astype(np.int32)
-        valid[name] = ids[: min(len(ids) // length, 48) * length].reshape(-1, length)
-    print(
-        f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:",
-        {k: len(v) for k, v in valid.items()},
-    )
-    state = train(options, tokens, valid, length)
-    write_model(state, options.output)
+        ids = encode(documents).astype(np.int32)
+        valid[name] = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:VALIDATION_WINDOWS]
+    print(f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:")
+    print({name: len(windows) for name, windows in valid.items()})
+    write_model(train(options, tokens, valid), options.output)
 
 
 if __name__ == "__main__":
