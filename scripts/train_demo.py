@@ -71,10 +71,10 @@ class Options:
     work_dir: Path
     """Checkpoints, tokens and the log."""
     output: Path = Path("models/demo_llama")
-    steps: int = 3000
+    steps: int = 1600
     batch_size: int = 8
     learning_rate: float = 3e-3
-    evaluate_every: int = 250
+    evaluate_every: int = 200
     seed: int = 0
 
 
@@ -187,6 +187,7 @@ def write_model(model: Llama, folder: Path) -> None:
     tensors = to_hf_tensors(Llama, params_of(model))
     tensors = {name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
 
 
