@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from fpq_jax._formats import encode
+from fpq_jax._formats import Format, encode
 from fpq_jax._qtensor import QTensor, assemble
 from fpq_jax._scales import group_scale, quantized_values, row_reference
 from fpq_jax._spec import QuantSpec
@@ -223,25 +223,10 @@ def _solve(
             diagonal = jax.lax.dynamic_slice_in_dim(columns, first, segment)
             v_segment = jax.lax.dynamic_slice_in_dim(v, first, segment)
 
-            def one_input(j, state):
-                v_segment, errors, values_segment = state
-                row = jax.lax.dynamic_index_in_dim(v_segment, j, keepdims=False)
-                value = quantized_values(row, scale, spec.format)
-                column = jax.lax.dynamic_index_in_dim(diagonal, j, axis=1, keepdims=False)
-                error = (row - value * scale) / column[j]
-                # the column is zero above j; at j itself the row becomes its quantized value
-                return (
-                    v_segment - column[:, None] * error,
-                    jax.lax.dynamic_update_index_in_dim(errors, error, j, 0),
-                    jax.lax.dynamic_update_index_in_dim(values_segment, value, j, 0),
-                )
-
-            zeros = jnp.zeros_like(v_segment)
-            _, errors, values_segment = jax.lax.fori_loop(0, segment, one_input, (v_segment, zeros, zeros))
+            errors, values_segment = _one_by_one(v_segment, diagonal, scale, spec.format)
             behind = jnp.arange(block)[:, None] >= first + segment
             v = v - _dot(jnp.where(behind, columns, 0.0), errors)
             values_block = jax.lax.dynamic_update_slice_in_dim(values_block, values_segment, first, 0)
-            # residuals against the weights as given, not as updated
             return v, values_block, scales, exponents, scale
 
         state = (v, jnp.zeros_like(v), scales, exponents, scales[0])
@@ -251,6 +236,7 @@ def _solve(
         else:
             first_group = start // group
             scale_block = jnp.repeat(jax.lax.dynamic_slice_in_dim(scales, first_group, block // group), group, axis=0)
+        # residuals against the weights as given, not as updated
         residual = jax.lax.dynamic_update_slice_in_dim(residual, w_block - values_block * scale_block, start, 0)
         values = jax.lax.dynamic_update_slice_in_dim(values, values_block, start, 0)
         return values, residual, scales, exponents
@@ -258,6 +244,32 @@ def _solve(
     state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out)), scales, exponents)
     values, _, scales, exponents = jax.lax.fori_loop(0, plan.blocks, one_block, state)
     return values, scales, exponents
+
+
+def _one_by_one(
+    v: Float[Array, "t out"], lower: Float[Array, "t t"], scale: Float[Array, " out"], fmt: Format
+) -> tuple[Float[Array, "t out"], Float[Array, "t out"]]:
+    """The published loop over the inputs of a segment: (errors over U's diagonal, values before scaling).
+
+    ``lower`` is the segment's diagonal block of U^T.
+    """
+
+    def one_input(j, state):
+        v, errors, values = state
+        row = jax.lax.dynamic_index_in_dim(v, j, keepdims=False)
+        value = quantized_values(row, scale, fmt)
+        column = jax.lax.dynamic_index_in_dim(lower, j, axis=1, keepdims=False)
+        error = (row - value * scale) / column[j]
+        # the column is zero above j; at j itself the row becomes its quantized value
+        return (
+            v - column[:, None] * error,
+            jax.lax.dynamic_update_index_in_dim(errors, error, j, 0),
+            jax.lax.dynamic_update_index_in_dim(values, value, j, 0),
+        )
+
+    zeros = jnp.zeros_like(v)
+    _, errors, values = jax.lax.fori_loop(0, v.shape[0], one_input, (v, zeros, zeros))
+    return errors, values
 
 
 def _diagonal_blocks(matrix: Float[Array, "P P"], block: int) -> Float[Array, "n b b"]:

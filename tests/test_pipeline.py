@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +70,7 @@ def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows, monkeypatc
 def test_the_same_seed_gives_the_same_bits(tiny_llama, windows):
     checkpoint = open_checkpoint(tiny_llama)
     runs = [quantize_checkpoint(checkpoint, recipe(lorc={}), windows, jnp.float32, seed=3)[0] for _ in range(2)]
-    for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(*runs)
 
 
 def test_gptq_lowers_the_demo_models_perplexity_below_roundings():

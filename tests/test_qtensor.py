@@ -50,6 +50,14 @@ def test_each_weight_is_the_nearest_value_of_its_group(spec):
     np.testing.assert_allclose(got, best, atol=2e-7 * spec.format.max)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_jit_gives_the_bits_that_eager_gives(spec):
+    w = jnp.asarray(weights(3))
+    eager, jitted = quantize_array(w, spec), jax.jit(quantize_array, static_argnums=1)(w, spec)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.num_groups(101) == 1 or s.constraint], ids=str)
 def test_expansion_into_fp8_is_exact(spec):
     q = lorc(jnp.asarray(weights()), quantize_array(jnp.asarray(weights()), spec), rank=2)
