@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fpq_jax._demo import demo_model_path
 from fpq_jax._errors import FpqError
@@ -174,7 +173,7 @@ def read_params(folder: Path) -> Flat:
 
 def stored_bytes(params: Flat) -> int:
     """Bytes of all arrays."""
-    return sum(np.asarray(a).nbytes if not hasattr(a, "nbytes") else a.nbytes for a in jax.tree.leaves(params))
+    return sum(array.nbytes for array in jax.tree.leaves(params))
 
 
 def _parts(leaf: Any) -> dict[str, Any]:
