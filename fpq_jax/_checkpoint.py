@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fpq_jax._demo import demo_model_path
+from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
 from fpq_jax._qtensor import LowRank, QTensor, expand_all
 from fpq_jax._spec import QuantSpec
@@ -32,22 +32,29 @@ from fpq_jax.models import build_model, model_class_of, open_checkpoint, params_
 VERSION = 1
 _MANIFEST = "fpq.json"
 _PARAMS = "params"
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+_SIDECARS = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template.jinja")
+_HUB_FILES = ["*.json", "tokenizer.model", "*.txt"]
 
 
 def resolve_model(model: str | Path | None) -> Path:
-    """The folder of a model: a local one, a hub id's snapshot (fetched), or the demo model for None."""
-    if model is None:
-        return demo_model_path()
+    """The folder of a model: a local one, a hub id's snapshot (fetched), or a demo model."""
+    if model is None or is_demo(model):
+        return demo_model_path(model)
     if Path(model).exists():
         return Path(model)
     name = str(model)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FpqError(f"There is no model folder {name}; name a folder, or a hub id such as facebook/opt-125m.")
+        raise FpqError(
+            f"There is no model folder {name}; name a folder, a hub id such as "
+            "facebook/opt-125m, or demo-llama or demo-opt."
+        )
     import huggingface_hub
 
+    fetch = lambda weights: Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_HUB_FILES, weights]))
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        # asking twice, unlike listing the repository, needs no network for a cached one
+        folder = fetch("*.safetensors")
+        return folder if any(folder.glob("model.safetensors*")) else fetch("pytorch_model*.bin")
     except Exception as error:  # network, authorization and missing repositories each have kinds of their own
         raise FpqError(
             f"There is no model folder {name}, and no such model could be fetched from the hub "
@@ -122,6 +129,12 @@ def _umask() -> int:
     return mask
 
 
+def copy_sidecars(source: Path, folder: Path) -> None:
+    """Copy config.json and the tokenizer's files, without which arrays are no model."""
+    for file in (f for pattern in _SIDECARS for f in source.glob(pattern) if f.is_file()):
+        shutil.copyfile(file, folder / file.name)
+
+
 def write_params(folder: Path, params: Flat) -> None:
     """Write params/ and fpq.json."""
     import orbax.checkpoint as ocp
@@ -176,11 +189,14 @@ def stored_bytes(params: Flat) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(params))
 
 
+_ARRAYS = [f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static") and f.name != "low_rank"]
+
+
 def _parts(leaf: Any) -> dict[str, Any]:
     """The arrays of a parameter by name; a plain array is called "value"."""
     if not isinstance(leaf, QTensor):
         return {"value": leaf}
-    parts = {name: getattr(leaf, name) for name in ("codes", "row_scale", "exponents", "group_scale")}
+    parts = {name: getattr(leaf, name) for name in _ARRAYS}
     if leaf.low_rank is not None:
         parts |= {f"low_rank_{f.name}": getattr(leaf.low_rank, f.name) for f in dataclasses.fields(LowRank)}
     return {name: array for name, array in parts.items() if array is not None}
@@ -193,8 +209,7 @@ def _leaf(parts: dict[str, Any], make: Callable[..., QTensor] | None) -> Any:
     low_rank = None
     if "low_rank_a" in parts:
         low_rank = LowRank(parts["low_rank_a"], parts["low_rank_b"], parts.get("low_rank_scale"))
-    arrays = {name: parts.get(name) for name in ("row_scale", "exponents", "group_scale")}
-    return make(codes=parts["codes"], low_rank=low_rank, **arrays)
+    return make(low_rank=low_rank, **{name: parts.get(name) for name in _ARRAYS})
 
 
 def _facts(q: QTensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LLaMA in Flax NNX, and its conversion from Hugging Face checkpoints."""
+"""LLaMA and OPT in Flax NNX, and their conversion from Hugging Face checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from fpq_jax.models._convert import (
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
 from fpq_jax.models.llama import Llama, LlamaConfig
+from fpq_jax.models.opt import Opt, OptConfig
 
-ARCHITECTURES: dict[str, Any] = {"llama": Llama}
+ARCHITECTURES: dict[str, Any] = {"llama": Llama, "opt": Opt}
 
 
 def open_checkpoint(folder: Path) -> HfCheckpoint:
@@ -39,6 +40,8 @@ __all__ = [
     "HfCheckpoint",
     "Llama",
     "LlamaConfig",
+    "Opt",
+    "OptConfig",
     "abstract_model",
     "build_model",
     "linear_name",

@@ -1,10 +1,11 @@
-"""Between Hugging Face checkpoints and our parameters, without torch.
+"""Between Hugging Face checkpoints and our parameters.
 
 A model class has a table NAMES from parameter paths ("layers.0.mlp.up_proj.kernel") to tensor names; kernels are
 transposed on the way, since torch stores Linear weights [out, in]. Tensors are memory-mapped and read when asked for.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from fpq_jax.models._files import TensorFile, listed, open_files
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from fpq_jax._errors import FpqError
 from fpq_jax._tree import Flat, flatten, unflatten
 
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
-_SHOWN = 20  # names listed in a message
 
 
 class HfCheckpoint:
@@ -36,38 +36,34 @@ class HfCheckpoint:
         self.config = read_config(folder)
         self.model_class = find_architecture(self.config, architectures)
         self.model_config = self.model_class.Config.from_hf(self.config)
-        self._files = _open(folder)
-        self._where = {name: file for file, handle in self._files.items() for name in handle.keys()}
-        stored = [self._slice(name).get_dtype() for name in self._where]
-        self.dtype = jnp.dtype(_DTYPES.get(max(set(stored), key=stored.count), jnp.float32))
+        self._where = _by_name(open_files(folder))
+        stored = [file.dtype(name) for file, name in self._where.values()]
+        self.dtype = jnp.dtype(_DTYPES.get(max(set(stored), key=stored.count, default="F32"), jnp.float32))
         self.shapes = parameter_shapes(self.model_class, self.model_config)
         self._names = {tensor_name(self.model_class, path): (path, shape) for path, shape in self.shapes.items()}
         self._check()
 
-    def _slice(self, name: str) -> Any:
-        return self._files[self._where[name]].get_slice(name)
-
     def _check(self) -> None:
         ignored = re.compile("|".join(self.model_class.IGNORED) or "(?!)")
         missing = sorted(set(self._names) - set(self._where))
-        unexpected = sorted(n for n in set(self._where) - set(self._names) if not ignored.fullmatch(n))
+        unexpected = sorted(self._where[n][1] for n in set(self._where) - set(self._names) if not ignored.fullmatch(n))
         problems = []
         if missing:
-            problems.append(f"missing: {_listed(missing)}")
+            problems.append(f"missing: {listed(missing)}")
         if unexpected:
-            problems.append(f"unexpected: {_listed(unexpected)}")
+            problems.append(f"unexpected: {listed(unexpected)}")
         wrong = []
         for name, (path, shape) in self._names.items():
             if name not in self._where:
                 continue
-            found = self._slice(name)
+            file, stored = self._where[name]
             expected = tuple(reversed(shape)) if _is_kernel(path) else shape
-            if tuple(found.get_shape()) != expected:
-                wrong.append(f"{name} {list(found.get_shape())} instead of {list(expected)}")
-            if found.get_dtype() not in _DTYPES:
-                wrong.append(f"{name} stored as {found.get_dtype()}")
+            if file.shape(stored) != expected:
+                wrong.append(f"{stored} {list(file.shape(stored))} instead of {list(expected)}")
+            if file.dtype(stored) not in _DTYPES:
+                wrong.append(f"{stored} stored as {file.dtype(stored)}")
         if wrong:
-            problems.append(f"not as config.json says: {_listed(wrong)}")
+            problems.append(f"not as config.json says: {listed(wrong)}")
         if problems:
             raise FpqError(f"The tensors in {self.folder} do not fit its config.json; {'; '.join(problems)}.")
 
@@ -75,25 +71,27 @@ class HfCheckpoint:
     def nbytes(self) -> int:
         """Bytes of the tensors that the model uses, as stored."""
         sizes = {"F32": 4, "F16": 2, "BF16": 2}
-        return sum(int(np.prod(s.get_shape())) * sizes[s.get_dtype()] for s in map(self._slice, self._names))
+        used = (self._where[name] for name in self._names)
+        return sum(math.prod(file.shape(stored)) * sizes[file.dtype(stored)] for file, stored in used)
 
-    def read(self, dtype: DTypeLike, prefix: str = "") -> Flat:
-        """The parameters whose path begins with ``prefix`` as NumPy arrays, under their full paths."""
+    def read(self, dtype: DTypeLike, *prefixes: str) -> Flat:
+        """The parameters whose path begins with one of ``prefixes`` (all, if there is none), under their full paths."""
         return {
-            path: self._tensor(name, path, dtype) for name, (path, _) in self._names.items() if path.startswith(prefix)
+            path: self._tensor(name, path, dtype)
+            for name, (path, _) in self._names.items()
+            if not prefixes or path.startswith(prefixes)
         }
 
     def _tensor(self, name: str, path: str, dtype: DTypeLike) -> np.ndarray:
-        try:
-            value = self._files[self._where[name]].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise FpqError(f"{name} cannot be read from {self._where[name]}: {error}.") from error
+        file, stored = self._where[name]
+        value = file.read(stored)
         if not np.isfinite(value).all():
             kind = "NaN" if np.isnan(value).any() else "infinite"
-            raise FpqError(f"Tensor {name} in {self._where[name]} holds {kind} values; the checkpoint is damaged.")
-        converted = value.astype(dtype)
+            raise FpqError(f"Tensor {stored} in {file.path} holds {kind} values; the checkpoint is damaged.")
+        with np.errstate(over="ignore"):  # told below
+            converted = value.astype(dtype)
         if dtype == jnp.float16 and not np.isfinite(converted).all():
-            raise FpqError(f"Tensor {name} does not fit float16; use --dtype bfloat16 or float32.")
+            raise FpqError(f"Tensor {stored} does not fit float16; use --dtype bfloat16 or float32.")
         return np.ascontiguousarray(converted.T) if _is_kernel(path) else converted
 
 
@@ -175,29 +173,11 @@ def _is_kernel(path: str) -> bool:
     return path.endswith(".kernel")
 
 
-def _open(folder: Path) -> dict[Path, Any]:
-    """Every safetensors file of the folder, by its path; SafetensorError is told as a broken file."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise FpqError(f"{index} is not a safetensors index.") from error
-    else:
-        names = [single.name]
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise FpqError(f"{folder} lacks {_listed(absent)}; download the checkpoint again, as safetensors.")
-    files = {}
-    for name in names:
-        try:
-            files[folder / name] = safe_open(folder / name, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise FpqError(
-                f"{folder / name} is truncated or no safetensors file ({error}); download it again."
-            ) from error
-    return files
+def _by_name(files: dict[str, TensorFile]) -> dict[str, tuple[TensorFile, str]]:
+    """Each tensor's file and name there, by its name in a whole model.
 
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    Those saved from a base model, as OPT's first, lack the "model." in front.
+    """
+    bare = not any(name.startswith("model.") for name in files)
+    whole = lambda name: f"model.{name}" if bare and name != "lm_head.weight" else name
+    return {whole(name): (file, name) for name, file in files.items()}

@@ -1,4 +1,4 @@
-"""Building blocks that every decoder shares: Linear, RMSNorm, embedding, rotary positions, cached attention.
+"""Building blocks that every decoder shares: Linear, norms, embedding, rotary positions, cached attention.
 
 Shapes use B (batch), T (tokens), S (keys), D (hidden size), H (query heads), K (key-value heads), C (head size).
 """
@@ -40,6 +40,23 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return x32.astype(x.dtype) * self.scale.get_value()
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalization in float32 (Ba, Kiros & Hinton, 2016), then gain and bias where there are any."""
+
+    def __init__(self, size: int, *, affine: bool, dtype: DTypeLike, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones((size,), dtype)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if affine else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        if self.scale is not None and self.bias is not None:
+            x32 = x32 * self.scale.get_value() + self.bias.get_value()
+        return x32.astype(x.dtype)
 
 
 class Embedding(nnx.Module):

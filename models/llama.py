@@ -5,14 +5,15 @@ Attribute names follow the checkpoint's, so a parameter's path is its Hugging Fa
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from fpq_jax.models._layers import Embedding, LayerCache, Linear, RMSNorm, attend, rotate
+from fpq_jax.models._decoder import Decoder
+from fpq_jax.models._layers import Embedding, Linear, RMSNorm, attend, rotate
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -87,6 +88,11 @@ class LlamaConfig:
         scaling = dict(values.pop("rope_scaling"))
         extra = {"rope_scaling": scaling} if scaling else {}
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **values, **extra}
+
+    @property
+    def lorc_rank(self) -> int:
+        """The paper's LoRC rank, the same for every LLaMA."""
+        return 8
 
     def inverse_frequencies(self) -> Float[np.ndarray, " half"]:
         """Rotary frequencies per pair of channels, float32, scaled as ``rope_scaling`` says."""
@@ -163,10 +169,9 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-class Llama(nnx.Module):
+class Llama(Decoder):
     """The whole model: ``model(tokens)`` gives logits; ``embed``, ``layers`` and ``head`` are its parts in order."""
 
-    # path of a parameter -> its name in a Hugging Face checkpoint
     NAMES = (
         (r"embed_tokens\.embedding", "model.embed_tokens.weight"),
         (r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.kernel", r"model.layers.\1.\2.\3.weight"),
@@ -175,8 +180,9 @@ class Llama(nnx.Module):
         (r"norm\.scale", "model.norm.weight"),
         (r"lm_head\.kernel", "lm_head.weight"),
     )
-    # tensors that some checkpoints carry and nothing needs: rotary tables, a head that is tied
+    # rotary tables of old checkpoints; a head that is tied
     IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+    EMBEDDING = ("embed_tokens.",)
     Config = LlamaConfig
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -198,25 +204,3 @@ class Llama(nnx.Module):
         """The last layer's output to logits."""
         x = self.norm(x)
         return self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
-
-    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:
-        """An empty key-value cache for ``length`` tokens."""
-        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
-        return [LayerCache.zeros(*shape, dtype) for _ in range(self.config.num_hidden_layers)]
-
-    def __call__(
-        self, tokens: Int[Array, "B T"], cache: Sequence[LayerCache] | None = None, start: Int[Array, ""] | None = None
-    ) -> Any:
-        """Logits [B, T, V]; with a cache, (logits, new cache) for tokens at positions start, start + 1, ...."""
-        offset = 0 if start is None else start
-        positions = jnp.broadcast_to(offset + jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = None
-        if cache is not None:
-            mask = jnp.arange(cache[0].key.shape[1])[None, None, None, :] <= positions[:, None, :, None]
-        x = self.embed(tokens, positions)
-        new_cache = []
-        for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, positions, mask, None if cache is None else cache[i], start)
-            new_cache.append(layer_cache)
-        logits = self.head(x)
-        return logits if cache is None else (logits, new_cache)

@@ -1,6 +1,6 @@
-"""Train the demo LLaMA and its tokenizer, and write them in the Hugging Face layout.
+"""Train a demo model and its tokenizer, and write them in the Hugging Face layout.
 
-    python scripts/train_demo.py --wikitext DIR --c4 FILE.jsonl --work-dir DIR
+    python scripts/train_demo.py --architecture llama --wikitext DIR --c4 FILE.jsonl --work-dir DIR
 
 Text: WikiText-2 train, the C4 sample (all but its last tenth) and CPython's documentation (pydoc topics and the
 docstrings of the standard library). Validation: WikiText-2 validation, that last tenth, and the topics that
@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
-from fpq_jax.models import Llama, LlamaConfig, params_of, to_hf_tensors
+from fpq_jax.models import model_class_of, params_of, to_hf_tensors
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.flax import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -34,43 +35,61 @@ from transformers import PreTrainedTokenizerFast
 from fpq_jax._demo import demo_topics
 from fpq_jax._perplexity import perplexity
 
-HF_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+LENGTH = 512
+_COMMON = {
     "vocab_size": 4096,
     "hidden_size": 256,
-    "intermediate_size": 704,  # 2.75 groups of 256: several groups in a row, the last one shorter
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+    "max_position_embeddings": LENGTH,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "torch_dtype": "bfloat16",
 }
+HF_CONFIGS = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **_COMMON,
+        "intermediate_size": 704,  # 2.75 groups of 256: several groups in a row, the last one shorter
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "opt": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        **_COMMON,
+        "ffn_dim": 1024,
+        "word_embed_proj_dim": 256,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "dropout": 0.0,
+        "pad_token_id": 1,
+    },
+}
 
-LENGTH = HF_CONFIG["max_position_embeddings"]
 VALIDATION_WINDOWS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train the demo LLaMA."""
+    """Train a demo model."""
 
+    architecture: Literal["llama", "opt"]
     wikitext: Path
     """Folder with wiki.train.tokens and wiki.valid.tokens."""
     c4: Path
     """C4 sample, one JSON document a line."""
     work_dir: Path
     """Checkpoints, tokens and the log."""
-    output: Path = Path("models/demo_llama")
+    output: Path | None = None
+    """By default models/demo_llama or models/demo_opt."""
     steps: int = 1600
     batch_size: int = 8
     learning_rate: float = 3e-3
@@ -113,7 +132,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=HF_CONFIG["vocab_size"],
+        vocab_size=_COMMON["vocab_size"],
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -137,9 +156,12 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     )
 
 
-def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray]) -> Llama:
+def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray]) -> Any:
     """The model after ``options.steps`` steps, going on from the last checkpoint in the work folder."""
-    graph, state = nnx.split(Llama(LlamaConfig.from_hf(HF_CONFIG), dtype=jnp.float32, rngs=nnx.Rngs(options.seed)))
+    hf_config = HF_CONFIGS[options.architecture]
+    model_class = model_class_of(hf_config)
+    config = model_class.Config.from_hf(hf_config)
+    graph, state = nnx.split(model_class(config, dtype=jnp.float32, rngs=nnx.Rngs(options.seed)))
     optimizer = make_optimizer(options)
     opt_state = optimizer.init(state)
 
@@ -182,22 +204,23 @@ def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray]) ->
     return nnx.merge(graph, state)
 
 
-def write_model(model: Llama, folder: Path) -> None:
+def write_model(model: Any, hf_config: dict[str, Any], folder: Path) -> None:
     """bf16 safetensors under Hugging Face's names, and config.json."""
-    tensors = to_hf_tensors(Llama, params_of(model))
+    tensors = to_hf_tensors(type(model), params_of(model))
     tensors = {name: jnp.asarray(value, jnp.bfloat16) for name, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
 
 
 def main(options: Options) -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    options.output.mkdir(parents=True, exist_ok=True)
+    output = options.output or Path("models") / f"demo_{options.architecture}"
+    output.mkdir(parents=True, exist_ok=True)
     texts, valid_texts = corpus(options)
-    if not (options.output / "tokenizer.json").exists():
-        train_tokenizer(texts, options.output)
-    tokenizer = Tokenizer.from_file(str(options.output / "tokenizer.json"))
+    if not (output / "tokenizer.json").exists():
+        train_tokenizer(texts, output)
+    tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
     encode = lambda documents: np.concatenate([e.ids for e in tokenizer.encode_batch(documents)])
     order = np.random.default_rng(options.seed).permutation(len(texts))
     tokens = encode([texts[i] for i in order]).astype(np.uint16)
@@ -207,7 +230,7 @@ def main(options: Options) -> None:
         valid[name] = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:VALIDATION_WINDOWS]
     print(f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:")
     print({name: len(windows) for name, windows in valid.items()})
-    write_model(train(options, tokens, valid), options.output)
+    write_model(train(options, tokens, valid), HF_CONFIGS[options.architecture], output)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,20 @@ TINY_CONFIG = {
     "eos_token_id": 257,
 }
 
+OPT_CONFIG = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "ffn_dim": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 258,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
 
 def write_tokenizer(folder: Path) -> None:
     """A byte tokenizer of 258 tokens that puts <s> in front."""
@@ -78,6 +92,12 @@ def write_checkpoint(folder: Path, config: dict, tensors: dict) -> Path:
 def tiny_llama(tmp_path: Path) -> Path:
     """A Hugging Face folder of a random LLaMA with two layers."""
     return write_checkpoint(tmp_path / "tiny", TINY_CONFIG, random_tensors(TINY_CONFIG))
+
+
+@pytest.fixture
+def tiny_opt(tmp_path: Path) -> Path:
+    """A Hugging Face folder of a random OPT with two layers."""
+    return write_checkpoint(tmp_path / "tiny-opt", OPT_CONFIG, random_tensors(OPT_CONFIG))
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -129,3 +130,70 @@ def test_models_that_are_nowhere_are_said(tmp_path, monkeypatch):
         resolve_model("someone/model")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert resolve_model("someone/model") == tmp_path
+
+
+HUB = {
+    "both": ["model.safetensors", "pytorch_model.bin"],
+    "shards_of_both": [
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+        *("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"),
+    ],
+    "bin": ["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"],
+    "shards_of_bin": [
+        *("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"),
+        *("rust_model.ot", "training_args.bin", "onnx/model.safetensors"),
+    ],
+}
+SIDECARS = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt"]
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("both", 1), ("shards_of_both", 2), ("bin", 1), ("shards_of_bin", 2)])
+def test_one_kind_of_weights_is_fetched_from_the_hub(tmp_path, monkeypatch, kind, weights):
+    import huggingface_hub
+
+    remote = [*HUB[kind], *SIDECARS, "README.md"]
+
+    def download(name, allow_patterns):
+        for file in remote:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("someone/model") == tmp_path
+    fetched = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    suffix = ".bin" if kind.endswith("bin") else ".safetensors"
+    assert sorted(name for name in fetched if not name.endswith((".json", ".txt", ".model"))) == sorted(
+        name for name in HUB[kind] if name.endswith(suffix) and name.startswith(("model", "pytorch_model"))
+    )
+    assert len([name for name in fetched if name.endswith(suffix)]) == weights
+    assert fetched >= {*SIDECARS, *(name for name in HUB[kind] if name.endswith(".index.json"))}
+
+
+@pytest.mark.parametrize("cached", ["model.safetensors", "pytorch_model.bin"])
+def test_a_cached_model_is_found_without_a_network(tmp_path, monkeypatch, cached):
+    from huggingface_hub import constants
+
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / commit
+    for path, text in {
+        repository / "refs" / "main": commit,
+        snapshot / "config.json": "{}",
+        snapshot / cached: "",
+        # what the repository has: other weights that were never fetched, and are not asked for
+        repository / "trees" / f"{commit}.json": json.dumps(
+            {
+                "format_version": 1,
+                "files": {name: {"size": 1, "blob_id": "0"} for name in ("config.json", cached, "pytorch_model.bin")},
+            }
+        ),
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model("someone/model") == snapshot
+    with pytest.raises(FpqError, match="no such model could be fetched"):
+        resolve_model("someone/other")

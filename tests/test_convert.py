@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
 from fpq_jax.models import Llama, open_checkpoint, params_of, to_hf_tensors
 from safetensors.numpy import save_file
 
@@ -80,6 +80,44 @@ def test_values_that_are_not_finite_name_their_tensor(tmp_path, value, kind):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
     with pytest.raises(FpqError, match=f"{NAME}.*{kind}"):
         checkpoint.read(jnp.float32)
+
+
+@pytest.mark.parametrize("config", [TINY_CONFIG, OPT_CONFIG])
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_of_a_base_model_are_taken_as_the_whole_models(tmp_path, config, tied):
+    config = {**config, "tie_word_embeddings": tied}
+    tensors = random_tensors(config)
+    whole = open_checkpoint(write_checkpoint(tmp_path / "whole", config, tensors)).read(jnp.float32)
+    bare = {name.removeprefix("model."): t for name, t in tensors.items()}
+    assert not bare.keys() & (tensors.keys() - {"lm_head.weight"}) and ("lm_head.weight" in bare) is not tied
+    read = open_checkpoint(write_checkpoint(tmp_path / "bare", config, bare)).read(jnp.float32)
+    assert read.keys() == whole.keys() and all((read[path] == whole[path]).all() for path in read)
+
+
+def test_messages_name_tensors_as_they_are_stored(tmp_path):
+    bare = {name.removeprefix("model."): t for name, t in random_tensors(TINY_CONFIG).items()}
+    bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(6, np.float32)
+    stored = NAME.removeprefix("model.")
+    folder = tmp_path / "m"
+    for value, dtype, message in ((np.nan, jnp.float32, "in .* holds NaN"), (1e6, jnp.float16, "does not fit float16")):
+        bare[stored][3, 5] = value
+        checkpoint = open_checkpoint(write_checkpoint(folder, TINY_CONFIG, bare))
+        with pytest.raises(FpqError, match=f"Tensor {stored} {message}"):
+            checkpoint.read(dtype)
+    bare[stored] = bare[stored][:-1].astype(np.float64)
+    bare["extra.weight"] = np.zeros(3, np.float32)
+    del bare["norm.weight"]
+    with pytest.raises(FpqError) as caught:
+        open_checkpoint(write_checkpoint(folder, TINY_CONFIG, bare))
+    assert str(caught.value).endswith(
+        "; missing: model.norm.weight; unexpected: extra.weight; "
+        f"not as config.json says: {stored} [79, 48] instead of [80, 48], {stored} stored as F64."
+    )
+
+
+def test_a_file_without_tensors_lacks_them_all(tmp_path):
+    with pytest.raises(FpqError, match=r"missing: lm_head\.weight, model\.embed_tokens\.weight"):
+        open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, {}))
 
 
 def test_broken_folders_are_told_apart(tmp_path, tiny_llama):

@@ -1,0 +1,80 @@
+"""OPT against Hugging Face's torch model, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OPT_CONFIG, random_tensors, write_checkpoint
+from fpq_jax.models import OptConfig, open_checkpoint
+
+from fpq_jax import FpqError, load
+
+POST_NORM = {"do_layer_norm_before": False}
+PROJECTION = {"word_embed_proj_dim": 24}
+VARIANTS = {
+    "pre_norm": {},
+    "350m": {**POST_NORM, **PROJECTION},
+    "post_norm": POST_NORM,
+    "projection": PROJECTION,
+    "gelu_without_biases": {"activation_function": "gelu", "enable_bias": False},
+    "norms_without_gains": {"layer_norm_elementwise_affine": False},
+    "no_final_norm": {"_remove_final_layer_norm": True},
+    "untied": {"tie_word_embeddings": False},
+    "odd_sizes": {"vocab_size": 259, "ffn_dim": 37, "num_hidden_layers": 3, "max_position_embeddings": 50},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_hugging_faces(tmp_path, variant):
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+    import transformers
+
+    config = {**OPT_CONFIG, **VARIANTS[variant]}
+    folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))
+    oracle = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokens = np.random.default_rng(0).integers(2, config["vocab_size"], (3, 50))
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens)).logits.numpy()
+    got = np.asarray(jax.jit(lambda t: load(folder)(t))(jnp.asarray(tokens)))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("variant", ["pre_norm", "350m"])
+def test_a_cache_gives_the_same_logits_in_pieces(tmp_path, variant):
+    config = {**OPT_CONFIG, **VARIANTS[variant]}
+    model = load(write_checkpoint(tmp_path / "model", config, random_tensors(config)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 20)))
+    whole = model(tokens)
+    cache = model.init_cache(2, 24, jnp.float32)
+    for start, end in ((0, 7), (7, 8), (8, 20)):
+        logits, cache = model(tokens[:, start:end], cache, jnp.int32(start))
+        np.testing.assert_allclose(logits, whole[:, start:end], atol=2e-5 * float(jnp.abs(whole).max()))
+
+
+def test_config_round_trips_through_json():
+    for variant in VARIANTS.values():
+        config = OptConfig.from_hf({**OPT_CONFIG, **variant})
+        assert OptConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(("hidden", "rank"), [(768, 8), (2048, 16), (4096, 32), (5120, 40), (7168, 56)])
+def test_lorc_ranks_are_the_papers(hidden, rank):
+    assert OptConfig.from_hf({**OPT_CONFIG, "hidden_size": hidden}).lorc_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"activation_function": "swish"}, "activation_function 'swish'"),
+        ({"scale_embeddings": True}, "scale_embeddings"),
+        ({"learned_embeddings": False}, "learned_embeddings"),
+        ({"num_attention_heads": 5}, "num_attention_heads 5"),
+        ({"ffn_dim": None}, "lacks ffn_dim"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, change, said):
+    folder = write_checkpoint(tmp_path / "model", {**OPT_CONFIG, **change}, {"a": np.zeros(1, np.float32)})
+    with pytest.raises(FpqError, match=said):
+        open_checkpoint(folder)
