@@ -32,11 +32,14 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         yield lambda steps=1: bar.update(task, advance=steps)
 
 
-def run_command(main: Callable[[Options], None], options: type[Options], name: str) -> None:
-    """Parse the command line into ``options`` and run ``main``; FpqError and system errors end with status 2."""
+def run_command(main: Callable[[Options], None], options: type[Options], name: str | None = None) -> None:
+    """Parse the command line into ``options`` and run ``main``; FpqError and system errors end with status 2.
+
+    ``name`` is a command's module; None for a script.
+    """
     import tyro
 
-    parsed = tyro.cli(options, prog=f"python -m fpq_jax.{name}")
+    parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}")
     try:
         main(parsed)
     except FpqError as error:

@@ -1,4 +1,4 @@
-"""The demo model that ships with the package, and its text: CPython's own documentation, read at run time."""
+"""The demo models that ship with the package, and their text: CPython's own documentation, read at run time."""
 
 import hashlib
 from importlib import resources
@@ -6,12 +6,18 @@ from pathlib import Path
 
 from fpq_jax._errors import FpqError
 
-_HELD_OUT = 0.2  # share of the topics that the demo model never saw
+_HELD_OUT = 0.2  # share of the topics that the demo models never saw
+_FOLDERS: dict[str | Path | None, str] = {None: "demo_llama", "demo-llama": "demo_llama", "demo-opt": "demo_opt"}
 
 
-def demo_model_path() -> Path:
-    """The folder of the demo LLaMA, in the Hugging Face layout."""
-    return Path(str(resources.files("fpq_jax.models") / "demo_llama"))
+def is_demo(model: str | Path | None) -> bool:
+    """Whether ``model`` names a demo model: "demo-llama" (also None) or "demo-opt"."""
+    return model in _FOLDERS
+
+
+def demo_model_path(model: str | Path | None = None) -> Path:
+    """The folder of a demo model, in the Hugging Face layout."""
+    return Path(str(resources.files("fpq_jax.models") / _FOLDERS[model]))
 
 
 def demo_topics(*, held_out: bool) -> list[str]:

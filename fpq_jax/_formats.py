@@ -1,17 +1,21 @@
-"""Number formats: small floats, their casts and their codes.
+"""Number formats: small floats and integers, their casts and their codes.
 
-A value is sign * 2**e * 1.f with ``exponent_bits`` and ``mantissa_bits``, subnormals included. Rounding is to nearest,
-ties to the even code (for E3M0, which has no mantissa, that is the code with an even exponent field), and saturates.
-Sources: OCP FP8 and MX specifications; ZeroQuant-FP (arXiv 2307.09782), section 3, for E3M0.
+Floats: a value is sign * 2**e * 1.f with ``exponent_bits`` and ``mantissa_bits``, subnormals included. Rounding is to
+nearest and saturates; ties go to the even code (for E3M0, which has no mantissa, that is the code with an even exponent
+field), or away from zero in the variants of the QTorch library, which ZeroQuant-FP used.
+Integers: symmetric ones are signed, -max to max; asymmetric ones are the levels 0 to max above a zero point that is
+stored with the scale. Ties go to the even integer.
+Sources: OCP FP8 and MX specifications; ZeroQuant-FP (arXiv 2307.09782), section 3; ZeroQuant-V2 (arXiv 2303.08302).
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from fpq_jax._errors import FpqError
@@ -19,22 +23,95 @@ from fpq_jax._errors import FpqError
 
 @dataclass(frozen=True)
 class Format:
-    """A small floating-point format.
+    """A number format; one of FloatFormat and IntFormat.
 
-    ``max`` is the largest finite value; ``dtype`` names the native JAX type of the codes, None for 4-bit formats,
-    whose codes (sign in bit 3) are uint8 and are stored packed, two to a byte.
+    max: the largest value (of an asymmetric integer: the highest level). bits: storage of one code.
+    dtype: the native JAX type of the codes, None for uint8 codes; 4-bit ones are stored packed, two to a byte.
+    table: float32 [2**bits], the value of each uint8 code, NaN for those that are no number; None with a native type.
+    grid: the values that a cast gives, ascending, float32.
     """
 
     name: str
-    exponent_bits: int
-    mantissa_bits: int
+    bits: int
     max: float
-    dtype: str | None = None
+    dtype: str | None
+    table: np.ndarray | None = field(repr=False, compare=False)
+    grid: np.ndarray = field(repr=False, compare=False)
 
     @property
-    def bits(self) -> int:
-        """Storage of one code."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+    def packed(self) -> bool:
+        return self.bits == 4
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether values count from a zero point."""
+        return False
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether codes are a native 8-bit float type."""
+        return self.dtype is not None and self.dtype.startswith("float8")
+
+    @functools.cached_property
+    def exact_shifts(self) -> tuple[int, int]:
+        """(low, high): every code's value times 2**j is a float8_e4m3fn number exactly for the integers j from low to
+        high; (0, -1) if there are none."""
+        if self.table is None or self.asymmetric:
+            return 0, -1
+        e4m3, finite = set(E4M3.grid.tolist()), self.table[np.isfinite(self.table)].astype(np.float64)
+        fits = [j for j in range(-32, 33) if set((finite * 2.0**j).tolist()) <= e4m3]
+        return (min(fits), max(fits)) if fits else (0, -1)
+
+    @property
+    def expands(self) -> bool:
+        """Whether its codes are, or become without a rounding, native 8-bit floats."""
+        return self.is_float8 or self.exact_shifts[0] <= self.exact_shifts[1]
+
+    def cast(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        raise NotImplementedError
+
+    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+        raise NotImplementedError
+
+    def decode(self, codes: Shaped[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+        if self.table is None:
+            return codes.astype(dtype)
+        return jnp.asarray(self.table, dtype)[codes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class FloatFormat(Format):
+    """A small floating-point format; codes have the sign in their highest bit."""
+
+    exponent_bits: int = 0
+    mantissa_bits: int = 0
+    ties: Literal["even", "away"] = "even"
+
+    @classmethod
+    def make(
+        cls, name: str, exponent_bits: int, mantissa_bits: int, max: float, dtype: str | None = None, ties: Any = "even"
+    ) -> "FloatFormat":
+        bias = 2 ** (exponent_bits - 1) - 1
+        code = np.arange(2 ** (exponent_bits + mantissa_bits))
+        exponent, fraction = code >> mantissa_bits, (code & (2**mantissa_bits - 1)) / 2**mantissa_bits
+        normal = (1 + fraction) * 2.0 ** (exponent.astype(np.float64) - bias)
+        values = np.where(exponent > 0, normal, fraction * 2.0 ** (1 - bias)).astype(np.float32)
+        values = np.where(values <= max, values, np.nan)
+        finite = values[np.isfinite(values)]
+        return cls(
+            name=name,
+            bits=1 + exponent_bits + mantissa_bits,
+            max=max,
+            dtype=dtype,
+            table=None if dtype else np.concatenate([values, -values]),
+            grid=np.concatenate([-finite[:0:-1], finite]),
+            exponent_bits=exponent_bits,
+            mantissa_bits=mantissa_bits,
+            ties=ties,
+        )
 
     @property
     def bias(self) -> int:
@@ -51,33 +128,106 @@ class Format:
         """Distance between neighbouring subnormals, and the smallest magnitude above zero."""
         return self.min_normal * 2.0**-self.mantissa_bits
 
-    @functools.cached_property
-    def values(self) -> np.ndarray:
-        """float32 [2**(bits-1)]: the magnitude of each code without its sign bit; codes that are no number give NaN."""
-        code = np.arange(2 ** (self.bits - 1))
-        field, fraction = code >> self.mantissa_bits, code & (2**self.mantissa_bits - 1)
-        normal = (1 + fraction / 2**self.mantissa_bits) * 2.0 ** (field.astype(np.float64) - self.bias)
-        values = np.where(field > 0, normal, fraction * self.min_step)
-        return np.where(values <= self.max, values, np.nan).astype(np.float32)
+    def cast(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        sign, magnitude = _split(x)
+        rounded = jax.lax.bitcast_convert_type(self._round(magnitude), jnp.uint32)
+        value = jax.lax.bitcast_convert_type(rounded | sign, jnp.float32)
+        return jnp.where(jnp.isnan(x), jnp.nan, value).astype(x.dtype)
 
-    @functools.cached_property
-    def exact_shifts(self) -> tuple[int, int]:
-        """(low, high): every value times 2**j is a float8_e4m3fn number exactly for the integers j from low to high."""
-        e4m3 = set(E4M3.values[np.isfinite(E4M3.values)].tolist())
-        finite = self.values[np.isfinite(self.values)].astype(np.float64)
-        fits = [j for j in range(-32, 33) if set((finite * 2.0**j).tolist()) <= e4m3]
-        return (min(fits), max(fits)) if fits else (0, -1)
+    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+        if self.dtype is not None:
+            # clipped first: a bare cast of more than the maximum gives NaN or inf
+            limit = jnp.asarray(self.max, x.dtype)
+            return jnp.clip(x, -limit, limit).astype(self.dtype)
+        sign, magnitude = _split(x)
+        value = self._round(magnitude)
+        bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+        normal = (bits >> (23 - self.mantissa_bits)) - jnp.uint32((127 - self.bias) << self.mantissa_bits)
+        subnormal = (value * (1 / self.min_step)).astype(jnp.uint32)
+        code = jnp.where(value < self.min_normal, subnormal, normal)
+        return (code | (sign >> (32 - self.bits))).astype(jnp.uint8)
 
-    def __str__(self) -> str:
-        return self.name
+    def _round(self, magnitude: Array) -> Array:
+        """Round float32 magnitude bits to the format; returns float32 magnitudes. NaN in, anything finite out."""
+        dropped = 23 - self.mantissa_bits
+        value = jax.lax.bitcast_convert_type(magnitude, jnp.float32)
+        steps = value * (1 / self.min_step)
+        if self.ties == "even":
+            below_half = jnp.uint32(2 ** (dropped - 1) - 1) + ((magnitude >> dropped) & 1)
+            whole_steps = jnp.round(steps)
+        else:
+            below_half = jnp.uint32(2 ** (dropped - 1))
+            whole_steps = jnp.floor(steps) + (steps - jnp.floor(steps) >= 0.5)
+        rounded = (magnitude + below_half) & jnp.uint32(0x100000000 - 2**dropped)
+        # compared as integers: inf and what rounds past float32's range must saturate too
+        limit = int(np.float32(self.max).view(np.uint32))
+        normal = jnp.where(rounded > limit, self.max, jax.lax.bitcast_convert_type(rounded, jnp.float32))
+        return jnp.where(value < self.min_normal, whole_steps * self.min_step, normal)
 
 
-E4M3 = Format("e4m3", 4, 3, 448.0, "float8_e4m3fn")
-E5M2 = Format("e5m2", 5, 2, 57344.0, "float8_e5m2")
-E2M1 = Format("e2m1", 2, 1, 6.0)
-E3M0 = Format("e3m0", 3, 0, 16.0)
+@dataclass(frozen=True)
+class IntFormat(Format):
+    """An integer format. ``offset`` is what the native codes lack to the levels: INT8 levels of 0 to 255 are stored
+    from -128 on, so that they are operands of an int8 product."""
 
-FORMATS = {f.name: f for f in (E4M3, E5M2, E2M1, E3M0)}
+    offset: int = 0
+    lowest: int = 0
+
+    @classmethod
+    def make(cls, name: str, bits: int, *, asymmetric: bool = False) -> "IntFormat":
+        highest = 2**bits - 1 if asymmetric else 2 ** (bits - 1) - 1
+        lowest = 0 if asymmetric else -highest
+        code = np.arange(2**bits)
+        values = code if asymmetric else np.where(code > highest, code - 2**bits, code)
+        return cls(
+            name=name,
+            bits=bits,
+            max=float(highest),
+            dtype="int8" if bits == 8 else None,
+            table=None if bits == 8 else values.astype(np.float32),
+            grid=np.arange(lowest, highest + 1, dtype=np.float32),
+            offset=2 ** (bits - 1) if asymmetric else 0,
+            lowest=lowest,
+        )
+
+    @property
+    def asymmetric(self) -> bool:
+        return self.lowest == 0
+
+    def cast(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.clip(jnp.round(x), self.lowest, self.max)
+
+    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+        value = self.cast(x.astype(jnp.float32)).astype(jnp.int32)
+        if self.dtype is not None:
+            return (value - self.offset).astype(self.dtype)
+        return (value & 15).astype(jnp.uint8)
+
+    def decode(self, codes: Shaped[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+        if self.dtype is not None:
+            return codes.astype(dtype) + jnp.asarray(self.offset, dtype)
+        return super().decode(codes, dtype)
+
+    def int8_codes(self, codes: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """Codes as int8, which are the values less ``offset``."""
+        return codes if self.dtype is not None else (self.decode(codes, jnp.float32) - self.offset).astype(jnp.int8)
+
+
+E4M3 = FloatFormat.make("e4m3", 4, 3, 448.0, "float8_e4m3fn")
+E5M2 = FloatFormat.make("e5m2", 5, 2, 57344.0, "float8_e5m2")
+E2M1 = FloatFormat.make("e2m1", 2, 1, 6.0)
+E3M0 = FloatFormat.make("e3m0", 3, 0, 16.0)
+E4M3_QTORCH = FloatFormat.make("e4m3-qtorch", 4, 3, 480.0, ties="away")
+E5M2_QTORCH = FloatFormat.make("e5m2-qtorch", 5, 2, 114688.0, ties="away")
+E2M1_QTORCH = FloatFormat.make("e2m1-qtorch", 2, 1, 6.0, ties="away")
+E3M0_QTORCH = FloatFormat.make("e3m0-qtorch", 3, 0, 16.0, ties="away")
+INT8 = IntFormat.make("int8", 8)
+INT4 = IntFormat.make("int4", 4)
+INT8_ASYM = IntFormat.make("int8-asym", 8, asymmetric=True)
+INT4_ASYM = IntFormat.make("int4-asym", 4, asymmetric=True)
+
+_FLOATS = (E4M3, E5M2, E2M1, E3M0, E4M3_QTORCH, E5M2_QTORCH, E2M1_QTORCH, E3M0_QTORCH)
+FORMATS: dict[str, Format] = {f.name: f for f in (*_FLOATS, INT8, INT4, INT8_ASYM, INT4_ASYM)}
 
 
 def get_format(name: "str | Format") -> Format:
@@ -89,57 +239,23 @@ def get_format(name: "str | Format") -> Format:
     return FORMATS[name]
 
 
-def _split(x: Array) -> tuple[Array, Array]:
-    """Sign bit and magnitude bits of float32 values, as uint32."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return bits & jnp.uint32(0x80000000), bits & jnp.uint32(0x7FFFFFFF)
-
-
-def _round_magnitude(magnitude: Array, fmt: Format) -> Array:
-    """Round float32 magnitude bits to the format; returns float32 magnitudes. NaN in, anything finite out."""
-    dropped = 23 - fmt.mantissa_bits
-    odd = (magnitude >> dropped) & 1
-    rounded = (magnitude + jnp.uint32(2 ** (dropped - 1) - 1) + odd) & jnp.uint32(0x100000000 - 2**dropped)
-    value = jax.lax.bitcast_convert_type(magnitude, jnp.float32)
-    subnormal = jnp.round(value * (1 / fmt.min_step)) * fmt.min_step
-    normal = jax.lax.bitcast_convert_type(rounded, jnp.float32)
-    # compared as integers: inf and what rounds past float32's range must saturate too
-    limit = int(np.float32(fmt.max).view(np.uint32))
-    return jnp.where(value < fmt.min_normal, subnormal, jnp.where(rounded > limit, fmt.max, normal))
-
-
 def cast(x: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """Round each value to the nearest one of the format, keeping the dtype; saturates, NaN stays NaN, -0 stays -0."""
-    sign, magnitude = _split(x)
-    rounded = jax.lax.bitcast_convert_type(_round_magnitude(magnitude, fmt), jnp.uint32)
-    value = jax.lax.bitcast_convert_type(rounded | sign, jnp.float32)
-    return jnp.where(jnp.isnan(x), jnp.nan, value).astype(x.dtype)
+    """Round each value to the nearest one of the format, keeping the dtype; saturates, NaN stays NaN, and -0 stays -0
+    in floats. Levels of asymmetric integers are counted from 0."""
+    return fmt.cast(x)
 
 
 def encode(x: Float[Array, "..."], fmt: Format) -> Shaped[Array, "..."]:
-    """Codes of the nearest values: the native float8 array for 8-bit formats, uint8 codes 0..15 for 4-bit ones.
+    """Codes of the nearest values: the format's native dtype, uint8 where it has none.
 
-    NaN stays NaN in 8 bits; 4-bit formats have no NaN, and its code there is unspecified.
+    NaN stays NaN in native floats; the other formats have no NaN, and its code there is unspecified.
     """
-    if fmt.dtype is not None:
-        # clipped first: a bare cast of more than the maximum gives NaN or inf
-        limit = jnp.asarray(fmt.max, x.dtype)
-        return jnp.clip(x, -limit, limit).astype(fmt.dtype)
-    sign, magnitude = _split(x)
-    value = _round_magnitude(magnitude, fmt)
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    normal = (bits >> (23 - fmt.mantissa_bits)) - jnp.uint32((127 - fmt.bias) << fmt.mantissa_bits)
-    subnormal = (value * (1 / fmt.min_step)).astype(jnp.uint32)
-    code = jnp.where(value < fmt.min_normal, subnormal, normal)
-    return (code | (sign >> (32 - fmt.bits))).astype(jnp.uint8)
+    return fmt.encode(x)
 
 
-def decode(codes: Shaped[Array, "..."], fmt: Format, dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    """The values of codes, exact in float32, bfloat16 and float8_e4m3fn (the last for 4-bit formats only)."""
-    if fmt.dtype is not None:
-        return codes.astype(dtype)
-    table = jnp.asarray(np.concatenate([fmt.values, -fmt.values]), dtype)
-    return table[codes]
+def decode(codes: Shaped[Array, "..."], fmt: Format, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+    """The values of codes; exact in float32 and bfloat16, and those of 4-bit formats in float8_e4m3fn."""
+    return fmt.decode(codes, dtype)
 
 
 def pack(codes: UInt8[Array, "*rows n"]) -> UInt8[Array, "*rows half"]:
@@ -153,3 +269,9 @@ def unpack(packed: UInt8[Array, "*rows half"], size: int) -> UInt8[Array, "*rows
     """The ``size`` 4-bit codes that ``pack`` put together."""
     codes = jnp.stack([packed & 15, packed >> 4], axis=-1)
     return codes.reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+    """Sign bit and magnitude bits of float32 values, as uint32."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return bits & jnp.uint32(0x80000000), bits & jnp.uint32(0x7FFFFFFF)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fpq_jax._formats import Format, encode
 from fpq_jax._qtensor import QTensor, assemble
-from fpq_jax._scales import group_scale, quantized_values, row_reference
+from fpq_jax._scales import Scale, group_scale, row_reference
 from fpq_jax._spec import QuantSpec
 
 _MAX_SEGMENT = 32  # inputs updated one by one; between segments a matrix product does it
@@ -57,7 +57,8 @@ def gptq(
 ) -> QTensor:
     """Quantize ``w`` [in, out] so that its outputs on inputs with Hessian X^T X [in, in] change least.
 
-    Jittable (``spec`` static) and vmappable. Inputs never seen (zero diagonal) get zero weights, as published.
+    Jittable (``spec`` static) and vmappable. Inputs never seen (zero diagonal) get zero weights, as published (the
+    level nearest to zero in asymmetric integers).
     ``damping`` times mean(diag H) is added to the diagonal, ten times more each time Cholesky fails.
     """
     return gptq_with_stats(w, hessian, spec, damping=damping)[0]
@@ -82,13 +83,13 @@ def gptq_with_stats(
     factor, damping = _factorize(hessian, damping * jnp.mean(importance), damping, jnp.asarray(source >= 0))
     reference = row_reference(w, spec)
     weight = jnp.where(source >= 0, importance[source], 0.0)
-    values, scales, exponents = _solve(w_padded, factor, reference, weight, spec, plan, in_features)
+    values, scales = _solve(w_padded, factor, reference, weight, spec, plan, in_features)
 
     codes = encode(values, spec.format)
     if plan.padded != in_features:
         codes = codes[np.flatnonzero(source >= 0)]
     groups = spec.num_groups(in_features)
-    q = assemble(codes, scales[:groups], exponents[:groups], reference, spec)
+    q = assemble(codes, jax.tree.map(lambda m: m[:groups], scales), reference, spec)
     return q, GptqStats(damping, jnp.sum(dead))
 
 
@@ -165,13 +166,13 @@ def _factorize(hessian: Array, added: Array, damping: float | Array, real: Array
 def _solve(
     w: Float[Array, "P out"],
     factor: Float[Array, "P P"],
-    reference: Float[Array, " out"],
+    reference: Scale,
     weight: Float[Array, " P"],
     spec: QuantSpec,
     plan: _Plan,
     in_features: int,
-) -> tuple[Array, Array, Array]:
-    """(values [P, out] before scaling, scales [groups, out], exponents [groups, out]) of the padded weight."""
+) -> tuple[Array, Scale]:
+    """(values [P, out] of the format, scales [groups, out]) of the padded weight."""
     (padded, out), block, segment = w.shape, plan.block, plan.segment
     group = plan.per_group * segment
     groups = 1 if plan.one_group else padded // group
@@ -182,13 +183,12 @@ def _solve(
         blocks, jnp.broadcast_to(jnp.eye(block), blocks.shape), left_side=True, lower=True
     )  # U_bb^T
     if plan.one_group:
-        scale, exponent = group_scale(w, reference, weight, spec, in_features)
-        scales, exponents = scale[None], exponent[None]
+        scales = jax.tree.map(lambda m: m[None], group_scale(w, reference, weight, spec, in_features))
     else:
-        scales, exponents = jnp.ones((groups, out)), jnp.zeros((groups, out), jnp.int8)
+        scales = Scale(jnp.ones((groups, out)), jnp.zeros((groups, out)), jnp.zeros((groups, out), jnp.int8))
 
     def one_block(b, state):
-        values, residual, scales, exponents = state
+        values, residual, scales = state
         start = b * block
         w_block = jax.lax.dynamic_slice_in_dim(w, start, block)
         rows = jax.lax.dynamic_slice_in_dim(factor_columns, start, block)
@@ -205,20 +205,18 @@ def _solve(
         v = w_block + _dot(lower, s)
 
         def one_segment(i, state):
-            v, values_block, scales, exponents, scale = state
+            v, values_block, scales, scale = state
             first = i * segment
             if not plan.one_group:
 
                 def new_scale(_):
                     rows = jax.lax.dynamic_slice_in_dim(v, first, group)
                     importance = jax.lax.dynamic_slice_in_dim(weight, start + first, group)
-                    scale, exponent = group_scale(rows, reference, importance, spec, in_features)
+                    scale = group_scale(rows, reference, importance, spec, in_features)
                     index = (start + first) // group
-                    return scale, scales.at[index].set(scale), exponents.at[index].set(exponent)
+                    return scale, jax.tree.map(lambda all_, one: all_.at[index].set(one), scales, scale)
 
-                scale, scales, exponents = jax.lax.cond(
-                    i % plan.per_group == 0, new_scale, lambda _: (scale, scales, exponents), None
-                )
+                scale, scales = jax.lax.cond(i % plan.per_group == 0, new_scale, lambda _: (scale, scales), None)
             columns = jax.lax.dynamic_slice_in_dim(lower, first, segment, axis=1)  # of U^T: rows of U
             diagonal = jax.lax.dynamic_slice_in_dim(columns, first, segment)
             v_segment = jax.lax.dynamic_slice_in_dim(v, first, segment)
@@ -227,29 +225,28 @@ def _solve(
             behind = jnp.arange(block)[:, None] >= first + segment
             v = v - _dot(jnp.where(behind, columns, 0.0), errors)
             values_block = jax.lax.dynamic_update_slice_in_dim(values_block, values_segment, first, 0)
-            return v, values_block, scales, exponents, scale
+            return v, values_block, scales, scale
 
-        state = (v, jnp.zeros_like(v), scales, exponents, scales[0])
-        _, values_block, scales, exponents, _ = jax.lax.fori_loop(0, plan.per_block, one_segment, state)
-        if plan.one_group:
-            scale_block = scales[0]
-        else:
-            first_group = start // group
-            scale_block = jnp.repeat(jax.lax.dynamic_slice_in_dim(scales, first_group, block // group), group, axis=0)
+        state = (v, jnp.zeros_like(v), scales, jax.tree.map(lambda m: m[0], scales))
+        _, values_block, scales, scale = jax.lax.fori_loop(0, plan.per_block, one_segment, state)
+        if not plan.one_group:
+            these = lambda m: jax.lax.dynamic_slice_in_dim(m, start // group, block // group)
+            scale = jax.tree.map(lambda m: jnp.repeat(these(m), group, axis=0), scales)
         # residuals against the weights as given, not as updated
-        residual = jax.lax.dynamic_update_slice_in_dim(residual, w_block - values_block * scale_block, start, 0)
+        d = w_block - scale.numbers(values_block, spec.format)
+        residual = jax.lax.dynamic_update_slice_in_dim(residual, d, start, 0)
         values = jax.lax.dynamic_update_slice_in_dim(values, values_block, start, 0)
-        return values, residual, scales, exponents
+        return values, residual, scales
 
-    state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out)), scales, exponents)
-    values, _, scales, exponents = jax.lax.fori_loop(0, plan.blocks, one_block, state)
-    return values, scales, exponents
+    state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out)), scales)
+    values, _, scales = jax.lax.fori_loop(0, plan.blocks, one_block, state)
+    return values, scales
 
 
 def _one_by_one(
-    v: Float[Array, "t out"], lower: Float[Array, "t t"], scale: Float[Array, " out"], fmt: Format
+    v: Float[Array, "t out"], lower: Float[Array, "t t"], scale: Scale, fmt: Format
 ) -> tuple[Float[Array, "t out"], Float[Array, "t out"]]:
-    """The published loop over the inputs of a segment: (errors over U's diagonal, values before scaling).
+    """The published loop over the inputs of a segment: (errors over U's diagonal, values of the format).
 
     ``lower`` is the segment's diagonal block of U^T.
     """
@@ -257,9 +254,9 @@ def _one_by_one(
     def one_input(j, state):
         v, errors, values = state
         row = jax.lax.dynamic_index_in_dim(v, j, keepdims=False)
-        value = quantized_values(row, scale, fmt)
+        value = scale.values(row, fmt)
         column = jax.lax.dynamic_index_in_dim(lower, j, axis=1, keepdims=False)
-        error = (row - value * scale) / column[j]
+        error = (row - scale.numbers(value, fmt)) / column[j]
         # the column is zero above j; at j itself the row becomes its quantized value
         return (
             v - column[:, None] * error,

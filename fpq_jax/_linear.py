@@ -1,33 +1,50 @@
 """How a quantized weight meets its input: the one place that decides it.
 
-- one scale per row, M1 or M2, quantized activations: codes of both in FP8, one ``dot_general`` over the full K with
-  float32 accumulation, times the token's scale, times the row's factor, plus LoRC in bfloat16, plus bias;
-- free group scales, quantized activations: no FP8 form; the dequantized weight and the activation's codes are
-  multiplied in bfloat16 with float32 accumulation, and the rest is the same;
+- FP8 codes on both sides (one scale a row, M1 or M2): one ``dot_general`` in FP8 over the full K with float32
+  accumulation;
+- integer codes on both sides, one scale a row: one int8 x int8 ``dot_general`` with int32 accumulation;
+- any other pair, one scale a row: the codes, which bfloat16 holds exactly, multiplied in it with float32 accumulation;
+- free scales of several groups: the weight, dequantized to bfloat16, and the activation's codes, multiplied in it;
 - activations left alone: the dequantized weight in the activation's dtype.
+
+Scales and zero points come behind the product, then LoRC in bfloat16, then the bias. With x = s_x c + z_x and
+W = s_w m + z_w, the product is s_w s_x (c m) + s_x z_w sum(c) + z_x (s_w sum(m) + K z_w).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from fpq_jax._formats import Format, cast, encode
+from fpq_jax._formats import Format, IntFormat, decode, encode, unpack
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand
-from fpq_jax._scales import free_scale
+from fpq_jax._scales import Scale, range_scale
 
 
 @dataclass(frozen=True)
 class Observed:
     """A kernel that is still an array, seen by calibration: the product is taken with the activations quantized as
-    inference will have them, and ``record`` is handed the input and those activations. It lives inside one trace."""
+    inference will have them (``activation`` None: left alone; ``fixed``: their static scale), and ``record`` is handed
+    the input and those activations. It lives inside one trace."""
 
     kernel: Any
     activation: Format | None
     record: Callable[[Array, Array], None]
+    fixed: Scale | None = None
+
+
+class QuantizedTokens(NamedTuple):
+    """codes [..., in] of activations, and what makes numbers of them: values * scale + zero.
+
+    scale: float32 [..., 1], or [1] if static. zero: the same for asymmetric integers, otherwise None.
+    """
+
+    codes: Any
+    scale: Any
+    zero: Any
 
 
 def linear(
@@ -39,7 +56,7 @@ def linear(
     if isinstance(kernel, QTensor):
         return _quantized_linear(x, kernel, bias)
     if isinstance(kernel, Observed):
-        seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation)
+        seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation, kernel.fixed)
         kernel.record(x, seen)
         y = seen @ kernel.kernel
     else:
@@ -47,42 +64,88 @@ def linear(
     return y if bias is None else y + bias
 
 
-def quantize_tokens(
-    x: Float[Array, "*batch in"], fmt: Format
-) -> tuple[Shaped[Array, "*batch in"], Float[Array, "*batch 1"]]:
-    """Codes of ``x`` and one float32 scale per token (absmax / format max; 1 for a token of zeros)."""
-    scale = _token_scale(x, fmt)
-    return encode(x.astype(jnp.float32) / scale, fmt), scale
+def quantize_tokens(x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None) -> QuantizedTokens:
+    """Codes of ``x`` and one scale per token (absmax / format max; 1 for a token of zeros), or the ``fixed`` one."""
+    scale = _token_scale(x, fmt) if fixed is None else fixed
+    codes = encode(scale.divided(x.astype(jnp.float32), fmt), fmt)
+    return QuantizedTokens(codes, scale.scale, scale.zero if fmt.asymmetric else None)
 
 
-def fake_quantize_tokens(x: Float[Array, "*batch in"], fmt: Format) -> Float[Array, "*batch in"]:
+def fake_quantize_tokens(
+    x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None
+) -> Float[Array, "*batch in"]:
     """The values that ``quantize_tokens`` stands for, in the dtype of ``x``."""
-    scale = _token_scale(x, fmt)
-    return (cast(x.astype(jnp.float32) / scale, fmt) * scale).astype(x.dtype)
+    scale = _token_scale(x, fmt) if fixed is None else fixed
+    return scale.numbers(scale.values(x.astype(jnp.float32), fmt), fmt).astype(x.dtype)
 
 
-def _token_scale(x: Float[Array, "*batch in"], fmt: Format) -> Float[Array, "*batch 1"]:
-    return free_scale(jnp.max(jnp.abs(x), axis=-1, keepdims=True), fmt)
+def static_scale(q: QTensor) -> Scale | None:
+    """The calibrated scale of the activations that ``q`` meets, None where tokens have their own."""
+    if q.spec.activation_scale == "token":
+        return None
+    return Scale(q.input_scale, 0.0 if q.input_zero is None else q.input_zero)
+
+
+def _token_scale(x: Float[Array, "*batch in"], fmt: Format) -> Scale:
+    reduce = lambda f: f(x, axis=-1, keepdims=True)
+    return range_scale(reduce(jnp.min), reduce(jnp.max), fmt)
 
 
 def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | None) -> Float[Array, "*batch out"]:
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
     if q.spec.activation is None:
         y = jnp.matmul(x, dequantize(q, x.dtype, low_rank=False), preferred_element_type=jnp.float32)
     else:
-        codes, token_scale = quantize_tokens(x, q.spec.activation)
-        if q.has_fp8_form:
-            expanded = expand(q)
-            y = jax.lax.dot_general(codes, expanded.codes, contract_last, preferred_element_type=jnp.float32)
-            y = (y * token_scale) * expanded.row_scale.T  # two products: XLA fuses both behind the FP8 matmul
-        else:
-            weight = dequantize(q, jnp.bfloat16, low_rank=False)
-            y = jnp.matmul(codes.astype(jnp.bfloat16), weight, preferred_element_type=jnp.float32) * token_scale
+        y = _product(quantize_tokens(x, q.spec.activation, static_scale(q)), q)
     if q.low_rank is not None:
         y = y + _low_rank_linear(x, q.low_rank)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
+    """The product of quantized activations and the weight without LoRC, in float32."""
+    activation = q.spec.activation
+    assert activation is not None
+    contract_last = (((tokens.codes.ndim - 1,), (1,)), ((), ()))
+    if q.has_fp8_form and activation.is_float8:
+        q = expand(q)
+        y = jax.lax.dot_general(tokens.codes, q.codes, contract_last, preferred_element_type=jnp.float32)
+        return (y * tokens.scale) * q.row_scale.T  # two products: XLA fuses both behind the FP8 matmul
+    if q.row_scale is None or q.exponents is not None:
+        codes, c_offset = _bfloat16_codes(tokens.codes, activation)
+        m, m_offset = dequantize(q, jnp.bfloat16, low_rank=False).T, 0
+        row_scale, row_zero = jnp.float32(1), None
+    else:
+        stored = unpack(q.codes, q.shape[0]) if q.spec.format.packed else q.codes
+        operand = _int8_codes if q.has_int8_product else _bfloat16_codes
+        (codes, c_offset), (m, m_offset) = operand(tokens.codes, activation), operand(stored, q.spec.format)
+        row_scale, row_zero = q.row_scale.T, None if q.zero is None else q.zero.T
+    accumulate = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
+    y = jax.lax.dot_general(codes, m, contract_last, preferred_element_type=accumulate).astype(jnp.float32)
+    y = (y * tokens.scale) * row_scale
+    # what offsets and zero points add; the sums are over the full K, in integers where the codes are
+    if row_zero is not None:
+        row_zero = row_zero + row_scale * m_offset
+        y = y + jnp.sum(codes, axis=-1, keepdims=True, dtype=accumulate) * tokens.scale * row_zero
+    if tokens.zero is not None:
+        column_sums = jnp.sum(m, axis=1, dtype=accumulate) * row_scale
+        column_sums = column_sums if row_zero is None else column_sums + q.shape[0] * row_zero
+        y = y + (tokens.zero + tokens.scale * c_offset) * column_sums
+    return y
+
+
+def _int8_codes(codes: Shaped[Array, "..."], fmt: Format) -> tuple[Array, int]:
+    """int8 codes, and what to add to get the format's values."""
+    assert isinstance(fmt, IntFormat)
+    return fmt.int8_codes(codes), fmt.offset
+
+
+def _bfloat16_codes(codes: Shaped[Array, "..."], fmt: Format) -> tuple[Array, int]:
+    """Values in bfloat16, exactly, and what to add to get the format's: levels are centred for a better sum."""
+    if isinstance(fmt, IntFormat):
+        return fmt.int8_codes(codes).astype(jnp.bfloat16), fmt.offset
+    return decode(codes, fmt, jnp.bfloat16), 0
 
 
 def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:

@@ -6,9 +6,9 @@ host between layers. The capturing forward runs as inference will, with quantize
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from fpq_jax._lorc import lorc
 from fpq_jax._perplexity import batch_size, batches
 from fpq_jax._qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._recipe import LinearRecipe, Recipe
+from fpq_jax._scales import Scale, range_scale
+from fpq_jax._spec import ActivationScale
 from fpq_jax._tree import Flat, below
 from fpq_jax.models import HfCheckpoint, abstract_model, linear_name, params_of, with_params
 
@@ -63,10 +65,15 @@ def quantize_checkpoint(
     dtype: DTypeLike,
     *,
     seed: int = 0,
+    first_layer: dict[Any, Any] | None = None,
     on_linear: Callable[[LinearResult], None] = lambda result: None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[Flat, list[LinearResult]]:
-    """All parameters by path, the quantized kernels as QTensors of NumPy arrays, and a result per Linear, in order."""
+    """All parameters by path, the quantized kernels as QTensors of NumPy arrays, and a result per Linear, in order.
+
+    ``first_layer`` keeps what calibration saw in the first layer, for further recipes on the same windows: it depends
+    on nothing quantized, only on the activations' formats. Deeper layers' Hessians are each recipe's own.
+    """
     names = linears(checkpoint)
     what = recipe.for_linears(names.values())
     model = abstract_model(checkpoint.model_class, checkpoint.model_config, dtype)
@@ -75,16 +82,20 @@ def quantize_checkpoint(
     masks = [np.broadcast_to(np.arange(size)[:, None] < real, batch.shape) for batch, real in cut]
     positions = jnp.broadcast_to(jnp.arange(windows.shape[1]), cut[0][0].shape)
 
-    params = checkpoint.read(dtype, "embed")
+    params = checkpoint.read(dtype, *checkpoint.model_class.EMBEDDING)
     hidden = _embed(model, params, [batch for batch, _ in cut], positions)
     results: list[LinearResult] = []
     for i, layer in enumerate(model.layers):
         prefix = f"layers.{i}."
         weights = below(checkpoint.read(dtype, prefix), prefix)
         todo = {path: r for path in weights if (r := what.get(names.get(prefix + path, ""))) is not None}
-        hessians = _hessians(layer, weights, todo, hidden, positions, masks)
+        activations = tuple((path, r.spec.activation, r.spec.activation_scale) for path, r in todo.items())
+        kept = first_layer if i == 0 and first_layer is not None else {}
+        if activations not in kept:
+            kept[activations] = _calibrate(layer, weights, activations, hidden, positions, masks)
+        seen = kept[activations]
         for path, linear_recipe in todo.items():
-            q, result = _quantize_linear(names[prefix + path], weights[path], hessians[path], linear_recipe, seed)
+            q, result = _quantize_linear(names[prefix + path], weights[path], seen[path], linear_recipe, seed)
             weights[path] = jax.device_get(q)
             results.append(result)
             on_linear(result)
@@ -115,39 +126,74 @@ def _forward(graph: Any, state: Any, hidden: Float[Array, "B L D"], positions: A
     return nnx.merge(graph, state)(hidden, positions)[0]
 
 
-def _hessians(
-    layer: Any, weights: Flat, todo: dict[str, LinearRecipe], hidden: list[np.ndarray], positions: Array, masks: list
-) -> dict[str, Float[Array, "in in"]]:
-    """Mean x^T x over all calibration tokens for the input of each kernel in ``todo``; Linears that share their
-    input share the array."""
-    if not todo:
+class _Seen(NamedTuple):
+    """What calibration saw at a Linear: the mean x^T x over all tokens, and the static scale of x where it has one."""
+
+    hessian: Float[Array, "in in"]
+    fixed: Scale | None
+
+
+_Activations = tuple[tuple[str, Format | None, ActivationScale], ...]
+
+
+def _calibrate(
+    layer: Any, weights: Flat, activations: _Activations, hidden: list[np.ndarray], positions: Array, masks: list
+) -> dict[str, _Seen]:
+    """What each kernel in ``activations`` meets; Linears that share their input share the arrays."""
+    if not activations:
         return {}
     graph, state = nnx.split(with_params(layer, weights))
     state = jax.device_put(state)
-    activations = tuple((path, recipe.spec.activation) for path, recipe in todo.items())
+    fixed: dict[str, Scale] = {}
+    if any(kind == "static" for _, _, kind in activations):
+        # a static scale is from the inputs as they are, with nothing in this layer quantized yet
+        plain = tuple((path, None, "token") for path, _, _ in activations)
+        ranges = [_ranges(graph, plain, state, h, positions) for h in hidden]
+        for path, fmt, kind in activations:
+            if kind == "static" and fmt is not None:
+                low, high = min(r[path][0] for r in ranges), max(r[path][1] for r in ranges)
+                fixed[path] = range_scale(low[None], high[None], fmt)
     sums = None
     for h, mask in zip(hidden, masks, strict=True):
-        new = _observe(graph, activations, state, h, positions, mask)
+        new = _hessians(graph, activations, state, h, positions, mask, fixed)
         sums = new if sums is None else _add(sums, new)
     tokens = float(sum(mask.sum() for mask in masks))
     sums = jax.block_until_ready(sums)  # so that a Linear's seconds are its own
     means = {paths: total / tokens for paths, total in sums.items()}
-    return {path: mean for paths, mean in means.items() for path in paths}
+    return {path: _Seen(mean, fixed.get(path)) for paths, mean in means.items() for path in paths}
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _observe(
+def _hessians(
     graph: Any,
-    activations: tuple[tuple[str, Format | None], ...],
+    activations: _Activations,
     state: Any,
     hidden: Float[Array, "B L D"],
     positions: Array,
     mask: Array,
+    fixed: dict[str, Scale],
 ) -> dict[tuple[str, ...], Float[Array, "in in"]]:
-    """One forward pass of a layer: X^T X of each distinct Linear input, keyed by the kernels that see it."""
+    """X^T X of each distinct Linear input of a batch, keyed by the kernels that see it."""
+    inputs = _inputs(graph, activations, state, hidden, positions, fixed)
+    return {tuple(paths): hessian(x, mask) for paths, x in inputs}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _ranges(
+    graph: Any, activations: _Activations, state: Any, hidden: Float[Array, "B L D"], positions: Array
+) -> dict[str, tuple[Array, Array]]:
+    """Least and largest value of each Linear's input in a batch (rows that fill it up repeat others)."""
+    inputs = _inputs(graph, activations, state, hidden, positions, {})
+    return {path: (jnp.min(x), jnp.max(x)) for paths, x in inputs for path in paths}
+
+
+def _inputs(
+    graph: Any, activations: _Activations, state: Any, hidden: Array, positions: Array, fixed: dict[str, Scale]
+) -> list[tuple[list[str], Array]]:
+    """One forward pass of a layer: each distinct Linear input, quantized, and the kernels that see it."""
     seen: list[tuple[Array, Format | None, Array, list[str]]] = []
 
     def recorder(path: str, fmt: Format | None) -> Callable[[Array, Array], None]:
@@ -162,19 +208,21 @@ def _observe(
 
     layer = nnx.merge(graph, state)
     kernels = params_of(layer)
-    observed = {path: Observed(kernels[path], fmt, recorder(path, fmt)) for path, fmt in activations}
+    observed = {
+        path: Observed(kernels[path], fmt, recorder(path, fmt), fixed.get(path)) for path, fmt, _ in activations
+    }
     with_params(layer, observed)(hidden, positions)
-    return {tuple(paths): hessian(x, mask) for _, _, x, paths in seen}
+    return [(paths, quantized) for _, _, quantized, paths in seen]
 
 
 _round = partial(jax.jit, static_argnames="spec")(quantize_array)
 
 
 def _quantize_linear(
-    name: str, weight: np.ndarray, h: Float[Array, "in in"], recipe: LinearRecipe, seed: int
+    name: str, weight: np.ndarray, seen: _Seen, recipe: LinearRecipe, seed: int
 ) -> tuple[QTensor, LinearResult]:
     began = time.perf_counter()
-    w = jnp.asarray(weight)
+    w, h = jnp.asarray(weight), seen.hessian
     if not bool(jnp.all(jnp.isfinite(h))):
         raise FpqError(f"The inputs of {name} overflow during calibration; use --dtype float32 or bfloat16.")
     notes: list[str] = []
@@ -197,7 +245,11 @@ def _quantize_linear(
     if zeros := int(jnp.sum(jnp.all(w == 0, axis=0))):
         notes.append(f"{zeros} output rows are all zero")
     if recipe.lorc is not None:
+        assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
         q = lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype, seed=seed)
+    if seen.fixed is not None:
+        asymmetric = recipe.spec.activation is not None and recipe.spec.activation.asymmetric
+        q = replace(q, input_scale=seen.fixed.scale, input_zero=seen.fixed.zero if asymmetric else None)
     error = float(output_error(w, dequantize(q), h))
     seconds = time.perf_counter() - began
     return q, LinearResult(

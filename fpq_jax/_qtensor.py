@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import E4M3, decode, encode, pack, unpack
-from fpq_jax._scales import group_scale, power_of_two, row_reference
+from fpq_jax._formats import E4M3, IntFormat, decode, encode, pack, unpack
+from fpq_jax._scales import Scale, group_scale, power_of_two, row_reference
 from fpq_jax._spec import QuantSpec
 
 
@@ -44,20 +44,25 @@ class LowRank:
 class QTensor:
     """A quantized weight of logical shape [in, out]; a pytree of arrays whose ``spec`` and ``shape`` are static.
 
-    codes: float8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)].
+    codes: float8, int8 or uint8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)].
     row_scale: float32 [out, 1] ([1, 1] for one scale per tensor); None when every group has a free scale of its own.
     exponents: int8 [out, groups] under M1 and M2: a group's scale is row_scale * 2**exponent.
     group_scale: float32 [out, groups]: free scales of several groups.
+    zero: float32, like the scale: zero points of asymmetric integers, whose values are scale * level + zero.
+    input_scale, input_zero: float32 [1]: static scale (and zero point) of the activations.
     low_rank: LoRC's correction, or None.
     """
 
     codes: Any
-    row_scale: Any
-    exponents: Any
-    group_scale: Any
-    low_rank: LowRank | None
-    spec: QuantSpec = field(metadata={"static": True})
-    shape: tuple[int, int] = field(metadata={"static": True})
+    row_scale: Any = None
+    exponents: Any = None
+    group_scale: Any = None
+    zero: Any = None
+    input_scale: Any = None
+    input_zero: Any = None
+    low_rank: LowRank | None = None
+    spec: QuantSpec = field(kw_only=True, metadata={"static": True})
+    shape: tuple[int, int] = field(kw_only=True, metadata={"static": True})
 
     @property
     def ndim(self) -> int:
@@ -80,8 +85,14 @@ class QTensor:
 
     @property
     def has_fp8_form(self) -> bool:
-        """Whether one full-K FP8 product computes it: there are no free group scales."""
-        return self.group_scale is None
+        """Whether one full-K FP8 product computes it: FP8 codes or an exact expansion, no free group scales."""
+        return self.group_scale is None and self.spec.format.expands
+
+    @property
+    def has_int8_product(self) -> bool:
+        """Whether one full-K int8 product computes it: integers on both sides, no group scales."""
+        integers = isinstance(self.spec.format, IntFormat) and isinstance(self.spec.activation, IntFormat)
+        return integers and self.row_scale is not None and self.exponents is None
 
 
 def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
@@ -90,37 +101,37 @@ def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
     in_features, out_features = w.shape
     reference = row_reference(w, spec)
     groups, length = spec.num_groups(in_features), spec.group_length(in_features)
-    padded = jnp.pad(w, ((0, groups * length - in_features), (0, 0))).reshape(groups, length, out_features)
-    scales, exponents = jax.vmap(lambda g: group_scale(g, reference, jnp.ones(length), spec, in_features))(padded)
-    codes = encode(padded / scales[:, None, :], spec.format).reshape(groups * length, out_features)
-    return assemble(codes[:in_features], scales, exponents, reference, spec)
+    grouped = jnp.pad(w, ((0, groups * length - in_features), (0, 0))).reshape(groups, length, out_features)
+    real = jnp.asarray(np.arange(groups * length) < in_features, jnp.float32).reshape(groups, length)
+    scales = jax.vmap(lambda g, weight: group_scale(g, reference, weight, spec, in_features))(grouped, real)
+    codes = encode(jax.tree.map(lambda m: m[:, None, :], scales).divided(grouped, spec.format), spec.format)
+    return assemble(codes.reshape(groups * length, out_features)[:in_features], scales, reference, spec)
 
 
-def assemble(
-    codes: Shaped[Array, "in out"],
-    scales: Float[Array, "groups out"],
-    exponents: Int[Array, "groups out"],
-    reference: Float[Array, " out"],
-    spec: QuantSpec,
-) -> QTensor:
-    """A QTensor of codes in logical orientation and each group's scale (and, under a constraint, its exponent)."""
+def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, spec: QuantSpec) -> QTensor:
+    """A QTensor of codes in logical orientation, each group's scale [groups, out], and the rows' reference."""
     in_features, out_features = codes.shape
-    codes = codes.T if spec.format.dtype else pack(codes.T)
-    row_scale, stored_exponents, free = None, None, None
-    if scales.shape[0] == 1:
-        row_scale = scales[0, :1, None] if spec.group_size == "tensor" else scales[0, :, None]
+    parts: dict[str, Any] = {}
+    shared = slice(1) if spec.group_size == "tensor" else slice(None)  # one scale for all rows
+    if len(scales.scale) == 1:
+        parts["row_scale"] = scales.scale[0, shared, None]
     elif spec.constraint:
-        row_scale, stored_exponents = reference[:, None], exponents.T
+        parts |= {"row_scale": reference.scale[:, None], "exponents": scales.exponent.T}
     else:
-        free = scales.T
-    return QTensor(codes, row_scale, stored_exponents, free, None, spec, (in_features, out_features))
+        parts["group_scale"] = scales.scale.T
+    if spec.format.asymmetric:
+        parts["zero"] = scales.zero[:, shared].T
+    codes = pack(codes.T) if spec.format.packed else codes.T
+    return QTensor(codes, **parts, spec=spec, shape=(in_features, out_features))
 
 
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "in out"]:
     """The weight that ``q`` stands for, [in, out], computed in float32; ``low_rank`` False leaves LoRC out."""
     in_features, _ = q.shape
-    codes = q.codes if q.spec.format.dtype else unpack(q.codes, in_features)
+    codes = unpack(q.codes, in_features) if q.spec.format.packed else q.codes
     w = decode(codes, q.spec.format) * _per_weight(_scales(q), q)
+    if q.zero is not None:
+        w = w + _per_weight(q.zero, q)
     w = w.T
     if low_rank and q.low_rank is not None:
         w = w + q.low_rank.product()
@@ -144,13 +155,15 @@ def _per_weight(values: Shaped[Array, "out groups"], q: QTensor) -> Shaped[Array
 def expand(q: QTensor) -> QTensor:
     """The same weight with 8-bit codes and row factors only, exactly; needs M1, M2 or one scale a row.
 
-    4-bit codes become float8_e4m3fn with the group's power of two folded in; 8-bit codes stay. Free group scales and
-    exponents outside the exact range have no such form: FpqError. (Traced exponents cannot be looked at and are taken
-    as valid, which every QTensor made here is.)
+    4-bit codes become float8_e4m3fn with the group's power of two folded in; FP8 codes stay. Free group scales, formats
+    that FP8 does not hold and exponents outside the exact range have no such form: FpqError. (Traced exponents cannot
+    be looked at and are taken as valid, which every QTensor made here is.)
     """
     fmt = q.spec.format
-    if fmt.dtype is not None:
+    if fmt.is_float8:
         return q
+    if not fmt.expands:
+        raise FpqError(f"A weight in {fmt} has no exact FP8 form; e2m1, e3m0 and int4 have one.")
     if not q.has_fp8_form:
         raise FpqError("A weight with free group scales has no exact FP8 form; quantize it with constraint m1 or m2.")
     codes = unpack(q.codes, q.shape[0])
@@ -162,7 +175,7 @@ def expand(q: QTensor) -> QTensor:
         compute_rows=1,
     )
     if q.exponents is None:
-        return replace(q, codes=decode(codes, fmt, E4M3.dtype), spec=spec)
+        return replace(q, codes=decode(codes, fmt, jnp.float8_e4m3fn), spec=spec)
     low, high = fmt.exact_shifts
     if not isinstance(q.exponents, jax.core.Tracer) and q.exponents.size:
         found = int(q.exponents.min()), int(q.exponents.max())
@@ -171,8 +184,8 @@ def expand(q: QTensor) -> QTensor:
                 f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {fmt} expands exactly."
             )
     # one byte table per shift: adding to the exponent field would be wrong for 0 and subnormals
-    magnitudes = fmt.values[None, :].astype(np.float64) * 2.0 ** np.arange(low, high + 1)[:, None]
-    table = np.concatenate([magnitudes, -magnitudes], axis=1).astype(jnp.float8_e4m3fn)
+    shifted = np.asarray(fmt.table, np.float64) * 2.0 ** np.arange(low, high + 1)[:, None]
+    table = shifted.astype(jnp.float8_e4m3fn)
     index = _per_weight((q.exponents - low).astype(jnp.uint8), q) * 16 + codes
     return replace(q, codes=jnp.asarray(table.ravel())[index], exponents=None, spec=spec)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -16,18 +16,20 @@ from fpq_jax._lorc import FactorDtype
 from fpq_jax._spec import QuantSpec
 
 DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
+_ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that stand beside "weight" in YAML
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lorc:
-    """Low-rank compensation: its rank and what the factors are stored in."""
+    """Low-rank compensation: its rank ("auto": the paper's for the model's size) and what the factors are stored in."""
 
-    rank: int = 8
+    rank: int | Literal["auto"] = 8
     dtype: FactorDtype = "bfloat16"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number.")
+        number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
+        if self.rank != "auto" and not number:
+            raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number or auto.")
         if self.dtype not in get_args(FactorDtype):
             raise FpqError(f"lorc: dtype is {self.dtype!r}; it must be one of {', '.join(get_args(FactorDtype))}.")
 
@@ -110,9 +112,19 @@ class Recipe:
 
     def with_group_size(self, group_size: int) -> "Recipe":
         """The same recipe with another weight group size for every Linear."""
-        changed = lambda r: replace(r, spec=replace(r.spec, group_size=group_size))
-        rules = tuple(replace(rule, change=rule.change and changed(rule.change)) for rule in self.rules)
-        return replace(self, default=changed(self.default), rules=rules)
+        return self._map(lambda r: replace(r, spec=replace(r.spec, group_size=group_size)))
+
+    def with_lorc_rank(self, rank: int) -> "Recipe":
+        """The same recipe with ``rank`` where it says auto."""
+
+        def change(r: LinearRecipe) -> LinearRecipe:
+            return replace(r, lorc=replace(r.lorc, rank=rank)) if r.lorc is not None and r.lorc.rank == "auto" else r
+
+        return self._map(change)
+
+    def _map(self, change: Callable[[LinearRecipe], LinearRecipe]) -> "Recipe":
+        rules = tuple(replace(rule, change=rule.change and change(rule.change)) for rule in self.rules)
+        return replace(self, default=change(self.default), rules=rules)
 
     def for_linears(self, names: Iterable[str]) -> dict[str, LinearRecipe | None]:
         """What to do to each Linear, None to leave it; a rule that fits none is an error."""
@@ -146,12 +158,11 @@ def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
 
 
 def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
-    """``base`` with the YAML keys weight, activation, method, damping and lorc applied."""
-    _check_keys(options, ("weight", "activation", "method", "damping", "lorc"), "")
+    """``base`` with the YAML's keys applied."""
+    _check_keys(options, ("weight", *_ACTIVATION, "method", "damping", "lorc"), "")
     weight = _mapping(options.pop("weight", None) or {}, "weight")
-    _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name != "activation"), "weight: ")
-    if "activation" in options:
-        weight["activation"] = options.pop("activation")
+    _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name not in _ACTIVATION), "weight: ")
+    weight |= {key: options.pop(key) for key in _ACTIVATION if key in options}
     if "lorc" in options and options["lorc"] is not None:
         lorc = _mapping(options["lorc"], "lorc")
         _check_keys(lorc, tuple(f.name for f in dataclasses.fields(Lorc)), "lorc: ")
@@ -162,7 +173,7 @@ def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
 def _plain(recipe: LinearRecipe) -> dict[str, Any]:
     weight = recipe.spec.to_dict()
     return {
-        "activation": weight.pop("activation"),
+        **{key: weight.pop(key) for key in _ACTIVATION},
         "weight": weight,
         "method": recipe.method,
         "damping": recipe.damping,

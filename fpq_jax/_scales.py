@@ -1,11 +1,15 @@
-"""Scales of weight groups: absmax, and the power-of-two constraints M1 and M2 (ZeroQuant-FP, section 3).
+"""Scales: absmax, ranges with a zero point, and the power-of-two constraints M1 and M2 (ZeroQuant-FP, section 3).
 
-Lingo: S, the free scale of a group (absmax / format max). R, the reference of an output row; under a constraint every
-scale of the row is R * 2**e with an integer e, and e stays where the format times 2**e is exact in float8_e4m3fn.
+Lingo: S, the free scale of a group: absmax / format max; for asymmetric integers (max - min) / format max above the
+zero point Z = min, so that the level of x is round((x - Z) / S) (ZeroQuant-V2). R, the reference of an output row;
+under a constraint every scale of the row is R * 2**e with an integer e, and e stays where the format times 2**e is
+exact in float8_e4m3fn.
 "up" takes the least such scale that is not below S. For M2 the reference is the row's (or compute group's) largest S
 times a power of two, which makes that scale Smax / 2**floor(log2(Smax / S)), as the paper has it; for M1 R is itself a
 power of two, which makes it 2**ceil(log2(S)).
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,57 +33,94 @@ def free_scale(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
     return jnp.where(absmax > 0, scale, 1.0)
 
 
-def quantized_values(w: Float[Array, "..."], scale: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """Nearest values of the format to w / scale, still to be multiplied by the scale."""
-    return cast(w / scale, fmt)
+class Scale(NamedTuple):
+    """What turns a format's values into numbers: value * scale + zero. ``exponent`` is what a constraint stores."""
+
+    scale: Any
+    zero: Any
+    exponent: Any = None
+
+    def values(self, x: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+        """The format's nearest values to the numbers ``x``."""
+        return cast(self.divided(x, fmt), fmt)
+
+    def divided(self, x: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+        """What is to be rounded to the format's values."""
+        return ((x - self.zero) if fmt.asymmetric else x) / self.scale
+
+    def numbers(self, values: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+        """The inverse of ``values``."""
+        numbers = values * self.scale
+        return numbers + self.zero if fmt.asymmetric else numbers
 
 
-def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Float[Array, " out"]:
-    """R of each output row, from the weights as given (free scales: the row's Smax, the tensor's for "tensor")."""
-    fmt, (in_features, out_features) = spec.format, w.shape
-    absmax = jnp.max(jnp.abs(w), axis=0)
+def range_scale(low: Float[Array, "..."], high: Float[Array, "..."], fmt: Format) -> Scale:
+    """The free scale of values from ``low`` to ``high``; the zero point is 0 for symmetric formats."""
+    if not fmt.asymmetric:
+        scale = free_scale(jnp.maximum(jnp.abs(low), jnp.abs(high)), fmt)
+        return Scale(scale, jnp.zeros_like(scale))
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    # halved, since the whole range may be beyond float32
+    return Scale(jnp.where(high > low, 2 * free_scale((high / 2 - low / 2), fmt), 1.0), low)
+
+
+def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Scale:
+    """R of each output row, from the weights as given (free scales: the row's own, the tensor's for "tensor")."""
+    fmt, in_features = spec.format, w.shape[0]
+    low, high = jnp.min(w, axis=0), jnp.max(w, axis=0)
     if spec.group_size == "tensor":
-        absmax = jnp.broadcast_to(jnp.max(absmax), absmax.shape)
+        low, high = (jnp.broadcast_to(m, low.shape) for m in (jnp.min(low), jnp.max(high)))
     if spec.compute_rows > 1:
-        rows = -(-out_features // spec.compute_rows)
-        padded = jnp.pad(absmax, (0, rows * spec.compute_rows - out_features)).reshape(rows, spec.compute_rows)
-        absmax = jnp.repeat(jnp.max(padded, axis=1), spec.compute_rows)[:out_features]
-    largest = free_scale(absmax, fmt)
+        low, high = (_over_rows(m, f, spec.compute_rows) for m, f in ((low, jnp.min), (high, jnp.max)))
+    free = range_scale(low, high, fmt)
     if spec.constraint is None:
-        return largest
+        return free
+    largest = free.scale
     if spec.constraint == "m1":
         largest = power_of_two(_ceil_log2_ratio(largest, jnp.ones_like(largest)))
-    return jnp.maximum(largest * 2.0 ** -_top(spec, in_features), _SMALLEST_REFERENCE)
+    return free._replace(scale=jnp.maximum(largest * 2.0 ** -_top(spec, in_features), _SMALLEST_REFERENCE))
+
+
+def _over_rows(values: Float[Array, " out"], reduce: Any, rows: int) -> Float[Array, " out"]:
+    """Each block of ``rows`` values replaced by their reduction; the last block may be shorter."""
+    blocks = -(-len(values) // rows)
+    padded = jnp.pad(values, (0, blocks * rows - len(values)), mode="edge").reshape(blocks, rows)
+    return jnp.repeat(reduce(padded, axis=1), rows)[: len(values)]
 
 
 def group_scale(
     w: Float[Array, "g out"],
-    reference: Float[Array, " out"],
+    reference: Scale,
     weight: Float[Array, " g"],
     spec: QuantSpec,
     in_features: int,
-) -> tuple[Float[Array, " out"], Int[Array, " out"]]:
-    """(scale, exponent) of one group for each output, from its weights as they are now; exponent 0 for free scales.
+) -> Scale:
+    """Scale, zero point and exponent of one group for each output, from its weights as they are now.
 
-    ``weight`` is the importance of each input in "search" (the Hessian's diagonal).
+    ``reference`` is what ``row_reference`` gave; ``weight`` the importance of each input in "search" (the Hessian's
+    diagonal), zero for inputs that are padding. The exponent is 0 for free scales, the zero point for symmetric
+    formats.
     """
+    no_exponent = jnp.zeros(reference.scale.shape, jnp.int8)
     if spec.group_size == "tensor":
-        return reference, jnp.zeros(reference.shape, jnp.int8)
-    absmax = jnp.max(jnp.abs(w), axis=0)
-    scale = free_scale(absmax, spec.format)
+        return reference._replace(exponent=no_exponent)
+    real = weight[:, None] > 0
+    low, high = jnp.min(jnp.where(real, w, jnp.inf), axis=0), jnp.max(jnp.where(real, w, -jnp.inf), axis=0)
+    low, high = (jnp.where(low <= high, m, 0.0) for m in (low, high))  # a group of padding only
+    free = range_scale(low, high, spec.format)
     if spec.constraint is None:
-        return scale, jnp.zeros(scale.shape, jnp.int8)
-    low, high = _window(spec, in_features)
-    up = jnp.clip(_ceil_log2_ratio(scale, reference), low, high)
+        return free._replace(exponent=no_exponent)
+    smallest, largest = _window(spec, in_features)
+    up = jnp.clip(_ceil_log2_ratio(free.scale, reference.scale), smallest, largest)
     if spec.exponent_rounding == "nearest":
-        exponent = jnp.clip(_nearest_log2_ratio(scale, reference), low, high)
+        exponent = jnp.clip(_nearest_log2_ratio(free.scale, reference.scale), smallest, largest)
     elif spec.exponent_rounding == "search":
-        exponent = _search(w, reference, weight, up, low, spec.format)
+        exponent = _search(w, reference.scale, weight, up, smallest, spec.format)
     else:
         exponent = up
     # an all-zero group has no scale of its own: it takes its row's largest
-    exponent = jnp.where(absmax > 0, exponent, _top(spec, in_features))
-    return reference * power_of_two(exponent), exponent.astype(jnp.int8)
+    exponent = jnp.where((low == 0) & (high == 0), _top(spec, in_features), exponent)
+    return Scale(reference.scale * power_of_two(exponent), free.zero, exponent.astype(jnp.int8))
 
 
 def _window(spec: QuantSpec, in_features: int) -> tuple[int, int]:
@@ -109,7 +150,7 @@ def _search(
         best_error, best_exponent = best
         exponent = jnp.maximum(up - i, low)
         scale = reference * power_of_two(exponent)
-        error = jnp.sum(weight[:, None] * (w - quantized_values(w, scale, fmt) * scale) ** 2, axis=0)
+        error = jnp.sum(weight[:, None] * (w - cast(w / scale, fmt) * scale) ** 2, axis=0)
         better = error < best_error
         return jnp.where(better, error, best_error), jnp.where(better, exponent, best_exponent)
 

@@ -8,6 +8,7 @@ from fpq_jax._formats import E2M1, E4M3, Format, get_format
 
 Constraint = Literal["m1", "m2"]
 ExponentRounding = Literal["up", "nearest", "search"]
+ActivationScale = Literal["token", "static"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,9 @@ class QuantSpec:
         scale of its compute group, so that a row expands exactly to float8_e4m3fn under one factor.
     exponent_rounding: which power: "up" (nothing clips), "nearest" (in log2), "search" (least weighted error).
     compute_rows: output rows of one compute group of M2.
-    activation: format of the token-wise quantized activations, None to leave them alone.
+    activation: format of the quantized activations, None to leave them alone.
+    activation_scale: "token" (a scale for each token, taken when it comes) or "static" (one for the whole tensor, from
+        the largest value seen in calibration).
     """
 
     format: Format = E2M1
@@ -30,13 +33,16 @@ class QuantSpec:
     exponent_rounding: ExponentRounding = "up"
     compute_rows: int = 1
     activation: Format | None = E4M3
+    activation_scale: ActivationScale = "token"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", get_format(self.format))
         if self.activation is not None:
             object.__setattr__(self, "activation", get_format(self.activation))
-            if self.activation.dtype is None:
-                raise FpqError(f"activation {self.activation} is a 4-bit format; activations take e4m3 or e5m2.")
+        if self.activation_scale not in ("token", "static"):
+            raise FpqError(f"activation_scale is {self.activation_scale!r}; it must be token or static.")
+        if self.activation is None and self.activation_scale == "static":
+            raise FpqError("activation_scale static has no meaning for activations that are left alone.")
         size = self.group_size
         if size not in ("channel", "tensor") and not (
             isinstance(size, int) and not isinstance(size, bool) and size > 0
@@ -48,8 +54,10 @@ class QuantSpec:
             raise FpqError(f"exponent_rounding is {self.exponent_rounding!r}; it must be up, nearest or search.")
         if not (isinstance(self.compute_rows, int) and self.compute_rows > 0):
             raise FpqError(f"compute_rows is {self.compute_rows!r}; it must be a positive number of output rows.")
-        if self.constraint and self.format.dtype is not None:
+        if self.constraint and not self.format.packed:
             raise FpqError(f"constraint {self.constraint} is for 4-bit formats; {self.format} is already 8 bits wide.")
+        if self.constraint and self.format.asymmetric:
+            raise FpqError(f"constraint {self.constraint} has no FP8 form under zero points; use int4 for int4-asym.")
         if self.constraint and size == "tensor":
             raise FpqError(f'constraint {self.constraint} is about several scales; group_size "tensor" has one.')
         if self.compute_rows > 1 and self.constraint != "m2":

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model
 from fpq_jax._console import console, progress, run_command
+from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._perplexity import perplexity
 from fpq_jax._report import VERSION, environment, shortened, write_report
@@ -27,9 +28,9 @@ class Options:
     """Measure a model's perplexity."""
 
     model: str | None = None
-    """Directory that quantize wrote, Hugging Face folder or hub id; left out, the demo model."""
+    """Directory that quantize wrote, Hugging Face folder, hub id, demo-llama or demo-opt; left out, demo-llama."""
     eval: tuple[str, ...] = ()
-    """Texts: wikitext2, ptb, c4, demo or files. By default those of the report of a quantized model, demo for the demo
+    """Texts: wikitext2, ptb, c4, demo or files. By default those of the report of a quantized model, demo for a demo
     model, wikitext2 for others."""
     seq_len: int | None = None
     """Tokens per window; by default 2,048, or the model's longest if that is shorter."""
@@ -81,7 +82,7 @@ def _texts(options: Options, folder: Path, quantized: bool, config: Any) -> dict
         length = length or calibration["seq_len"]
         max_windows = max_windows or calibration["max_windows"]
     elif not specs:
-        specs = ("demo",) if options.model is None else ("wikitext2",)
+        specs = ("demo",) if is_demo(options.model) else ("wikitext2",)
     length = window_length(length, config.max_position_embeddings)
     texts: dict[str, Windows] = {}
     for spec in specs:

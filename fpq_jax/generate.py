@@ -19,7 +19,7 @@ class Options:
     prompt: str
     """Text to continue."""
     model: str | None = None
-    """Directory that quantize wrote, Hugging Face folder or hub id; left out, the demo model."""
+    """Directory that quantize wrote, Hugging Face folder, hub id, demo-llama or demo-opt; left out, demo-llama."""
     max_new_tokens: int = 64
     """Tokens to add at most."""
     temperature: float = 0.0

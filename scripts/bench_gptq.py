@@ -36,7 +36,7 @@ def torch_gptq(w, hessian, group_size: int, damping: float = 0.01, block_size: i
     """The published algorithm: w [out, in], block-wise with lazy updates, E2M1, one scale per row and group."""
     import torch
 
-    values = torch.tensor(np.concatenate([-E2M1.values[:0:-1], E2M1.values]))
+    values = torch.tensor(E2M1.grid)
     midpoints = (values[1:] + values[:-1]) / 2
     w, h = w.clone(), hessian.clone()
     n = w.shape[1]

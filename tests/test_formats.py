@@ -6,7 +6,7 @@ import pytest
 
 from fpq_jax import E2M1, E3M0, E4M3, E5M2, cast, decode, encode, pack, unpack
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import get_format
+from fpq_jax._formats import FORMATS, INT4, INT4_ASYM, INT8, INT8_ASYM, get_format
 
 ALL_BFLOAT16 = np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16)
 REFERENCE = [(E4M3, ml_dtypes.float8_e4m3fn), (E5M2, ml_dtypes.float8_e5m2), (E2M1, ml_dtypes.float4_e2m1fn)]
@@ -48,17 +48,51 @@ def test_e3m0_equals_an_enumeration_with_ties_to_the_even_code(transform):
     np.testing.assert_array_equal(codes, code + 8 * np.signbit(x))
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith("qtorch")])
+@pytest.mark.parametrize("transform", EAGER_AND_JITTED, ids=["eager", "jit"])
+def test_qtorch_variants_equal_an_enumeration_with_ties_away_from_zero(name, transform):
+    fmt = get_format(name)
+    largest, step, mantissa = {"e4m3": (480, 2.0**-9, 3), "e5m2": (114688, 2.0**-16, 2), "e2m1": (6, 0.5, 1),
+                               "e3m0": (16, 0.25, 0)}[name[:4]]  # fmt: skip
+    x = ALL_BFLOAT16[np.isfinite(ALL_BFLOAT16.astype(np.float32))].astype(np.float64)
+    spacing = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(x), 1e-40))) - mantissa), step)
+    nearest = np.minimum(np.floor(np.abs(x) / spacing + 0.5) * spacing, largest)
+    got = transform(cast)(jnp.asarray(x, jnp.float32), fmt)
+    np.testing.assert_array_equal(np.asarray(got, np.float64), np.copysign(nearest, x))
+    codes = transform(encode)(jnp.asarray(x, jnp.float32), fmt)
+    assert codes.dtype == jnp.uint8 and len(np.unique(codes)) == len(fmt.grid) + 1  # -0 has a code too
+    np.testing.assert_array_equal(decode(codes, fmt), got)
+    # a float32 just below a tie goes down
+    tie = (fmt.grid[-1] + fmt.grid[-2]) / 2
+    assert cast(jnp.float32(tie), fmt) == fmt.grid[-1] and cast(jnp.nextafter(tie, 0.0), fmt) == fmt.grid[-2]
+
+
+@pytest.mark.parametrize("transform", EAGER_AND_JITTED, ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("fmt", "low", "high"), [(INT8, -127, 127), (INT4, -7, 7), (INT8_ASYM, 0, 255), (INT4_ASYM, 0, 15)]
+)
+def test_integers_round_saturate_and_come_back(fmt, low, high, transform):
+    x = ALL_BFLOAT16[np.isfinite(ALL_BFLOAT16.astype(np.float32))].astype(np.float32)
+    expected = np.clip(np.rint(x), low, high)
+    np.testing.assert_array_equal(transform(cast)(jnp.asarray(x), fmt), expected)
+    codes = transform(encode)(jnp.asarray(x), fmt)
+    assert codes.dtype == (jnp.int8 if fmt.bits == 8 else jnp.uint8)
+    assert fmt.bits == 8 or int(codes.max()) == 15
+    np.testing.assert_array_equal(decode(codes, fmt), expected)
+    np.testing.assert_array_equal(fmt.int8_codes(codes).astype(np.int32) + fmt.offset, expected)
+
+
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1, E3M0], ids=str)
 def test_infinity_saturates_and_float32_neighbours_of_midpoints_round_to_their_side(fmt):
     assert float(cast(jnp.float32(np.inf), fmt)) == fmt.max
     assert float(cast(jnp.float32(-3e38), fmt)) == -fmt.max
-    grid = fmt.values[np.isfinite(fmt.values)]
+    grid = fmt.grid[fmt.grid >= 0]
     middle = ((grid[1:].astype(np.float64) + grid[:-1]) / 2).astype(np.float32)
     np.testing.assert_array_equal(cast(jnp.asarray(np.nextafter(middle, np.float32(0))), fmt), grid[:-1])
     np.testing.assert_array_equal(cast(jnp.asarray(np.nextafter(middle, np.float32(np.inf))), fmt), grid[1:])
 
 
-@pytest.mark.parametrize("fmt", [E2M1, E3M0], ids=str)
+@pytest.mark.parametrize("fmt", [E2M1, E3M0, INT4_ASYM], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
 def test_decode_and_packing_are_inverses(fmt, size):
     codes = np.random.default_rng(size).integers(0, 16, (3, size)).astype(np.uint8)
@@ -70,9 +104,13 @@ def test_decode_and_packing_are_inverses(fmt, size):
 
 
 def test_the_largest_values_and_the_exact_shifts_are_the_papers():
-    assert [f.values[np.isfinite(f.values)].max() for f in (E4M3, E5M2, E2M1, E3M0)] == [448, 57344, 6, 16]
+    assert [f.grid.max() for f in (E4M3, E5M2, E2M1, E3M0)] == [448, 57344, 6, 16]
     assert E2M1.exact_shifts == (-8, 6)
     assert E3M0.exact_shifts == (-7, 4)
+    assert INT4.exact_shifts == (-9, 5)
+    assert {name for name, f in FORMATS.items() if f.expands} == {
+        "e4m3", "e5m2", "e2m1", "e3m0", "e2m1-qtorch", "e3m0-qtorch", "int4"
+    }  # fmt: skip
 
 
 def test_an_unknown_format_is_named_with_the_known_ones():

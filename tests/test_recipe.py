@@ -16,13 +16,35 @@ def test_every_shipped_recipe_loads_and_round_trips_through_plain_data():
 
 def test_the_names_mean_what_they_say():
     m2 = Recipe.load("w4a8-fp-m2-lorc").default
-    assert (m2.spec.format.name, m2.spec.constraint, m2.spec.group_size, m2.lorc) == ("e2m1", "m2", 256, Lorc(rank=8))
+    assert (m2.spec.format.name, m2.spec.constraint, m2.spec.group_size, m2.lorc) == (
+        "e2m1",
+        "m2",
+        256,
+        Lorc(rank="auto"),
+    )
     assert m2.spec.activation.name == "e4m3" and m2.method == "gptq" and m2.spec.exponent_rounding == "up"
     assert Recipe.load("w4a8-fp-m1").default.spec.constraint == "m1"
     assert Recipe.load("w4a16-fp").default.spec.activation is None
     assert Recipe.load("w4a8-e3m0").default.spec.format.name == "e3m0"
     w8 = Recipe.load("w8a8-fp").default.spec
     assert (w8.format.name, w8.group_size) == ("e4m3", "channel")
+    for name, formats in {
+        "w8a8-int": ("int8-asym", "int8-asym"),
+        "w8a8-int-fp": ("int8-asym", "e4m3"),
+        "w4a8-int": ("int4-asym", "int8-asym"),
+        "w4a8-int-fp": ("int4-asym", "e4m3"),
+    }.items():
+        spec = Recipe.load(name).default.spec
+        assert (spec.format.name, spec.activation.name) == formats
+
+
+def test_lorc_rank_auto_becomes_the_models():
+    recipe = Recipe.from_dict({"lorc": {"rank": "auto"}, "rules": [{"match": "*.up_proj", "lorc": {"rank": 3}},
+                                                                   {"match": "*.q_proj", "damping": 0.1}]})  # fmt: skip
+    chosen = recipe.with_lorc_rank(56).for_linears(NAMES)
+    ranks = {name.split(".")[-1]: r.lorc.rank for name, r in chosen.items()}
+    assert ranks == {"q_proj": 56, "up_proj": 3, "down_proj": 56}
+    assert Recipe.load("w4a8-fp").with_lorc_rank(8) == Recipe.load("w4a8-fp")
 
 
 def test_rules_change_skip_and_win_in_order(tmp_path):
