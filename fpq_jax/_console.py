@@ -45,7 +45,7 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
     except FpqError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
+        print("Interrupted; nothing unfinished was written.", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno is None:

@@ -108,8 +108,8 @@ def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) ->
     quantized = [leaf for leaf in params.values() if isinstance(leaf, QTensor) and leaf.spec.activation is not None]
     if any(not q.has_fp8_form and not q.has_int8_product for q in quantized):
         console.print(
-            "Linears with free group scales, or formats that FP8 does not hold, multiply in bfloat16. "
-            "Recipes with m1 or m2 run in FP8."
+            "Free group scales, and formats that FP8 does not hold, have no FP8 form: these Linears multiply in "
+            "bfloat16. Recipes with m1 or m2 run in FP8."
         )
     if output is None:
         console.print("No --output was named, so the quantized model was measured and not kept.")

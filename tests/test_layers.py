@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from fpq_jax.models._layers import Embedding, LayerCache, Linear, RMSNorm, attend, rotate
+from fpq_jax.models._layers import Embedding, LayerCache, LayerNorm, Linear, RMSNorm, attend, rotate
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
@@ -33,6 +33,12 @@ def test_norm_linear_embedding_and_cache():
     norm = RMSNorm(4, epsilon=0.0, dtype=jnp.float32)
     x = jnp.array([[1.0, -2.0, 3.0, 4.0]])
     np.testing.assert_allclose(norm(x), x / np.sqrt(7.5), rtol=1e-6)
+    norm = LayerNorm(4, affine=True, dtype=jnp.float32)
+    norm.scale.set_value(jnp.arange(4.0))
+    norm.bias.set_value(jnp.full(4, 2.0))
+    expected = (x - 1.5) / np.sqrt(np.var([1, -2, 3, 4]) + 1e-5)
+    np.testing.assert_allclose(norm(x), expected * np.arange(4) + 2, rtol=1e-6)
+    np.testing.assert_allclose(LayerNorm(4, affine=False, dtype=jnp.float32)(x), expected, rtol=1e-6)
     layer = Linear(4, 3, use_bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     layer.bias.set_value(jnp.arange(3.0))
     np.testing.assert_allclose(layer(x), x @ layer.kernel.get_value() + np.arange(3), rtol=1e-6)

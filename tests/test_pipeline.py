@@ -15,7 +15,7 @@ from fpq_jax._text import calibration_text, load_tokenizer
 
 
 def recipe(**options):
-    return Recipe.from_dict({"weight": {"group_size": 32, "constraint": "m2"}, **options})
+    return Recipe.from_dict({"weight": {"group_size": 32, "constraint": "m2"}} | options)
 
 
 @pytest.fixture
@@ -51,6 +51,36 @@ def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_l
     expected = np.asarray(dequantize(gptq(w, h, what.default.spec)))
     got = np.asarray(dequantize(jax.tree.map(jnp.asarray, params["layers.1.self_attn.q_proj.kernel"])))
     assert (got == expected).mean() > 0.99
+
+
+def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
+    """The second layer's fc1, by hand: its input with nothing of its own layer quantized."""
+    checkpoint = open_checkpoint(tiny_opt)
+    what = recipe(activation="int8-asym", activation_scale="static")
+    params, _ = quantize_checkpoint(checkpoint, what, windows, jnp.float32)
+    first = {p: v for p, v in params.items() if p.startswith("layers.0.")}
+    model = build_model(checkpoint.model_class, checkpoint.model_config, checkpoint.read(jnp.float32) | first)
+    positions = jnp.broadcast_to(jnp.arange(48), windows.shape)
+    hidden, _ = model.layers[0](model.embed(jnp.asarray(windows), positions), positions)
+    layer = model.layers[1]
+    attention, _ = layer.self_attn(layer.self_attn_layer_norm(hidden), None, None, None)
+    x = np.asarray(layer.final_layer_norm(hidden + attention))
+    q = params["layers.1.fc1.kernel"]
+    np.testing.assert_allclose(q.input_scale, [(x.max() - x.min()) / 255], rtol=1e-4)
+    np.testing.assert_allclose(q.input_zero, [x.min()], rtol=1e-4)
+    parts = [params[f"layers.1.self_attn.{p}_proj.kernel"].input_scale for p in "qkv"]
+    assert parts[0] == parts[1] == parts[2]
+
+
+def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama, windows):
+    checkpoint, first_layer = open_checkpoint(tiny_llama), {}
+    run = lambda what, **kept: quantize_checkpoint(checkpoint, what, windows, jnp.float32, **kept)[0]
+    other = recipe(weight={"format": "int4", "group_size": 16})
+    run(recipe(), first_layer=first_layer)
+    assert len(first_layer) == 1
+    chex.assert_trees_all_equal(run(other, first_layer=first_layer), run(other))
+    run(recipe(activation="int8"), first_layer=first_layer)
+    assert len(first_layer) == 2
 
 
 def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows, monkeypatch):

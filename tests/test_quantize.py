@@ -11,7 +11,7 @@ import yaml
 from fpq_jax.models import params_of
 from safetensors.numpy import load_file, save_file
 
-from fpq_jax import QTensor, load
+from fpq_jax import QTensor, evaluate, load
 from fpq_jax._console import run_command
 from fpq_jax.quantize import Options, main
 
@@ -76,7 +76,60 @@ def test_a_run_leaves_all_that_the_other_commands_need(monkeypatch, capsys, tmp_
     assert generated.startswith("the quick") and "4 new tokens" in generated
 
 
-@pytest.mark.parametrize("name", ["w8a8-fp", "w4a8-fp", "w4a16-fp", "w4a8-e3m0"])
+def test_an_opt_goes_through_every_command_and_keeps_its_embeddings_once(
+    monkeypatch, capsys, tmp_path, tiny_opt, text_file
+):
+    out = tmp_path / "out"
+    command(monkeypatch, "--model", tiny_opt, "--calibration", text_file, "--num-samples", 9, "--seq-len", 32,
+            "--group-size", 32, "--max-windows", 5, "--output", out)  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["layers"][:2]] == ["model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"]
+    assert all(row["error"] < row["rounding_error"] for row in report["layers"]) and len(report["layers"]) == 12
+    arrays = json.loads((out / "fpq.json").read_text())["arrays"]
+    shapes = [tuple(a["shape"]) for parts in arrays.values() for a in parts.values()]
+    assert shapes.count((300, 48)) == 1 and (48, 300) not in shapes and not any("lm_head" in path for path in arrays)
+    model = load(out)
+    assert model.lm_head is None
+
+    fresh = lambda *line: subprocess.run([sys.executable, "-m", *line], cwd=tmp_path, check=True, capture_output=True)
+    fresh("fpq_jax.evaluate", "--model", "out", "--report", "evaluated.json")
+    ((spec, row),) = json.loads((tmp_path / "evaluated.json").read_text())["perplexity"].items()
+    assert row["quantized"] == report["perplexity"][spec]["quantized"]
+    printed = fresh("fpq_jax.generate", "--model", "out", "--prompt", "the quick", "--max-new-tokens", "4").stdout
+    assert printed.startswith(b"the quick") and b"4 new tokens" in printed
+
+
+VARIANTS = {
+    "static": "{activation_scale: static, weight: {constraint: m2, group_size: 16, compute_rows: 8}, "
+    "lorc: {rank: auto, dtype: int8}}",
+    "static-int": "{activation: int8-asym, activation_scale: static, weight: {format: int8, group_size: channel}}",
+    "e5m2": "{activation: e5m2, weight: {format: e5m2, group_size: channel}}",
+    "qtorch": "{activation: e4m3-qtorch, weight: {format: e2m1-qtorch, group_size: 16}}",
+    "int4-activations": "{activation: int4, weight: {format: int4, group_size: 16, constraint: m1}, method: round}",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_papers_variants_are_kept_and_evaluated_alike(monkeypatch, capsys, tmp_path, tiny_opt, text_file, name):
+    recipe, out = tmp_path / f"{name}.yaml", tmp_path / "out"
+    recipe.write_text(VARIANTS[name])
+    command(monkeypatch, "--model", tiny_opt, "--recipe", recipe, "--calibration", text_file, "--num-samples", 4,
+            "--max-windows", 2, "--output", out)  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    ((spec, row),) = report["perplexity"].items()
+    assert row["quantized"] != row["original"] and row["quantized"] < 3 * row["original"]
+    monkeypatch.setattr("sys.argv", ["evaluate", "--model", str(out), "--report", str(tmp_path / "again.json")])
+    run_command(evaluate.main, evaluate.Options, "evaluate")
+    again = json.loads((tmp_path / "again.json").read_text())["perplexity"][spec]["quantized"]
+    assert again == row["quantized"]
+    q = params_of(load(out))["layers.1.fc2.kernel"]
+    assert (q.input_scale is None) == ("static" not in name)
+    if name == "static":
+        assert report["recipe"]["lorc"] == {"rank": 8, "dtype": "int8"} and q.low_rank.a.dtype == "int8"
+        assert len(set(q.row_scale.ravel()[:8].tolist())) == 1
+
+
+@pytest.mark.parametrize("name", ["w8a8-fp", "w8a8-int", "w4a16-fp", "w4a8-e3m0", "w4a8-int-fp-lorc"])
 def test_recipes_and_named_evaluations(monkeypatch, capsys, tmp_path, tiny_llama, text_file, name):
     report_file = tmp_path / "report.json"
     command(
@@ -87,7 +140,8 @@ def test_recipes_and_named_evaluations(monkeypatch, capsys, tmp_path, tiny_llama
     assert list(report["perplexity"]) == [str(text_file), "demo"] and report["dtype"] == "bfloat16"
     printed = capsys.readouterr().out
     assert "measured and not kept" in printed
-    assert "multiply in bfloat16" not in printed  # groups of 256 are whole rows here
+    # groups of 256 are whole rows here
+    assert ("multiply in bfloat16" in printed) == (name == "w4a8-int-fp-lorc")
 
 
 def test_a_group_that_does_not_fit_a_row_has_no_fp8_form_and_that_is_said(monkeypatch, capsys, tiny_llama, text_file):
@@ -176,6 +230,20 @@ def test_wrong_arguments_are_one_sentence(monkeypatch, capsys, tmp_path, tiny_ll
     error = refused(monkeypatch, capsys, "--model", tiny_llama, "--calibration", text_file, *arguments)
     assert said in error
     assert sorted(p.name for p in short.iterdir()) == ["short.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"activation_function": "tanh"}, "activation_function 'tanh' is not supported for OPT"),
+        ({"scale_embeddings": True}, "scale_embeddings is not supported"),
+        ({"ffn_dim": 96}, "fc1.weight [80, 48] instead of [96, 48]"),
+    ],
+)
+def test_an_opt_that_is_not_supported_is_one_sentence(monkeypatch, capsys, tiny_opt, text_file, change, said):
+    config = json.loads((tiny_opt / "config.json").read_text())
+    (tiny_opt / "config.json").write_text(json.dumps({**config, **change}))
+    assert said in refused(monkeypatch, capsys, "--model", tiny_opt, "--calibration", text_file)
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_sentence(monkeypatch, capsys, tiny_llama):
