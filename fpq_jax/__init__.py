@@ -8,7 +8,26 @@ if not _Path(__file__).with_name("models").is_dir():
 
 from fpq_jax._checkpoint import load, save
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import E2M1, E3M0, E4M3, E5M2, Format, cast, decode, encode, pack, unpack
+from fpq_jax._formats import (
+    E2M1,
+    E2M1_QTORCH,
+    E3M0,
+    E3M0_QTORCH,
+    E4M3,
+    E4M3_QTORCH,
+    E5M2,
+    E5M2_QTORCH,
+    INT4,
+    INT4_ASYM,
+    INT8,
+    INT8_ASYM,
+    Format,
+    cast,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
 from fpq_jax._gptq import gptq, gptq_with_stats, hessian
 from fpq_jax._linear import linear, quantize_tokens
 from fpq_jax._lorc import lorc
@@ -18,9 +37,17 @@ from fpq_jax._spec import QuantSpec
 
 __all__ = [
     "E2M1",
+    "E2M1_QTORCH",
     "E3M0",
+    "E3M0_QTORCH",
     "E4M3",
+    "E4M3_QTORCH",
     "E5M2",
+    "E5M2_QTORCH",
+    "INT4",
+    "INT4_ASYM",
+    "INT8",
+    "INT8_ASYM",
     "Format",
     "FpqError",
     "LowRank",

@@ -87,8 +87,9 @@ def static_scale(q: QTensor) -> Scale | None:
 
 
 def _token_scale(x: Float[Array, "*batch in"], fmt: Format) -> Scale:
-    reduce = lambda f: f(x, axis=-1, keepdims=True)
-    return range_scale(reduce(jnp.min), reduce(jnp.max), fmt)
+    high = jnp.max(x if fmt.asymmetric else jnp.abs(x), axis=-1, keepdims=True)
+    # one reduction where one is enough
+    return range_scale(jnp.min(x, axis=-1, keepdims=True) if fmt.asymmetric else -high, high, fmt)
 
 
 def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | None) -> Float[Array, "*batch out"]:

@@ -3,7 +3,8 @@
     python scripts/outlier_study.py --model demo-llama demo-opt --eval wiki.test.raw --output DIR
 
 For each factor a copy of each model with outlier channels (see inject_outliers.py) is quantized: W8A8 with FP8 weights
-and INT8 or FP8 activations, W4A8 with INT4 or FP4 weights and FP8 activations. Every finished run is kept in --output,
+and INT8 or FP8 activations, W4A8 with INT4 (asymmetric as in the paper, and symmetric) or FP4 weights and FP8
+activations. Every finished run is kept in --output,
 and the same command started again goes on behind it. Writes outliers.md, outliers.json and outliers.png.
 """
 
@@ -25,6 +26,7 @@ SCHEMES = {
     "W8A8, INT8 activations": Recipe.from_dict({"name": "w8a8-fp-int", "weight": _FP8, "activation": "int8-asym"}),
     "W8A8, FP8 activations": Recipe.load("w8a8-fp"),
     "W4A8, INT4 weights": Recipe.load("w4a8-int-fp"),
+    "W4A8, symmetric INT4": Recipe.from_dict({"name": "w4a8-int-symmetric-fp", "weight": {"format": "int4"}}),
     "W4A8, FP4 weights": Recipe.load("w4a8-fp"),
 }
 

@@ -4,9 +4,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fpq_jax import E2M1, E3M0, E4M3, E5M2, cast, decode, encode, pack, unpack
+from fpq_jax import (
+    E2M1,
+    E3M0,
+    E4M3,
+    E5M2,
+    INT4,
+    INT4_ASYM,
+    INT8,
+    INT8_ASYM,
+    cast,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import FORMATS, INT4, INT4_ASYM, INT8, INT8_ASYM, get_format
+from fpq_jax._formats import FORMATS, get_format
 
 ALL_BFLOAT16 = np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16)
 REFERENCE = [(E4M3, ml_dtypes.float8_e4m3fn), (E5M2, ml_dtypes.float8_e5m2), (E2M1, ml_dtypes.float4_e2m1fn)]
