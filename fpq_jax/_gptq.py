@@ -57,8 +57,7 @@ def gptq(
 ) -> QTensor:
     """Quantize ``w`` [in, out] so that its outputs on inputs with Hessian X^T X [in, in] change least.
 
-    Jittable (``spec`` static) and vmappable. Inputs never seen (zero diagonal) get zero weights, as published (the
-    level nearest to zero in asymmetric integers).
+    Jittable (``spec`` static) and vmappable. Inputs never seen (zero diagonal) get zero weights, as published.
     ``damping`` times mean(diag H) is added to the diagonal, ten times more each time Cholesky fails.
     """
     return gptq_with_stats(w, hessian, spec, damping=damping)[0]

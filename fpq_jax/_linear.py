@@ -7,8 +7,9 @@
 - free scales of several groups: the weight, dequantized to bfloat16, and the activation's codes, multiplied in it;
 - activations left alone: the dequantized weight in the activation's dtype.
 
-Scales and zero points come behind the product, then LoRC in bfloat16, then the bias. With x = s_x c + z_x and
-W = s_w m + z_w, the product is s_w s_x (c m) + s_x z_w sum(c) + z_x (s_w sum(m) + K z_w).
+Scales come behind the product, then LoRC in bfloat16, then the bias. Levels less their zero points are exact in
+bfloat16 but do not fit int8: with int8 codes c and m that lack a and b, the product is
+sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from fpq_jax._errors import FpqError
 from fpq_jax._formats import Format, IntFormat, decode, encode, unpack
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand
 from fpq_jax._scales import Scale, range_scale
@@ -37,9 +39,9 @@ class Observed:
 
 
 class QuantizedTokens(NamedTuple):
-    """codes [..., in] of activations, and what makes numbers of them: values * scale + zero.
+    """codes [..., in] of activations, and what makes numbers of them: (values - zero) * scale.
 
-    scale: float32 [..., 1], or [1] if static. zero: the same for asymmetric integers, otherwise None.
+    scale: float32 [..., 1], or [1] if static. zero: uint8, shaped alike, for asymmetric integers, otherwise None.
     """
 
     codes: Any
@@ -68,7 +70,7 @@ def quantize_tokens(x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | No
     """Codes of ``x`` and one scale per token (absmax / format max; 1 for a token of zeros), or the ``fixed`` one."""
     scale = _token_scale(x, fmt) if fixed is None else fixed
     codes = encode(scale.divided(x.astype(jnp.float32), fmt), fmt)
-    return QuantizedTokens(codes, scale.scale, scale.zero if fmt.asymmetric else None)
+    return QuantizedTokens(codes, scale.scale, scale.zero.astype(jnp.uint8) if fmt.asymmetric else None)
 
 
 def fake_quantize_tokens(
@@ -83,7 +85,9 @@ def static_scale(q: QTensor) -> Scale | None:
     """The calibrated scale of the activations that ``q`` meets, None where tokens have their own."""
     if q.spec.activation_scale == "token":
         return None
-    return Scale(q.input_scale, 0.0 if q.input_zero is None else q.input_zero)
+    if q.input_scale is None:
+        raise FpqError("This weight's activation_scale is static, but it has no input_scale; calibration sets it.")
+    return Scale(q.input_scale, None if q.input_zero is None else q.input_zero.astype(jnp.float32))
 
 
 def _token_scale(x: Float[Array, "*batch in"], fmt: Format) -> Scale:
@@ -113,40 +117,51 @@ def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
         q = expand(q)
         y = jax.lax.dot_general(tokens.codes, q.codes, contract_last, preferred_element_type=jnp.float32)
         return (y * tokens.scale) * q.row_scale.T  # two products: XLA fuses both behind the FP8 matmul
+    if q.has_int8_product:
+        return _int8_product(tokens, q, contract_last)
+    codes = _bfloat16_values(tokens.codes, activation, tokens.zero)
     if q.row_scale is None or q.exponents is not None:
-        codes, c_offset = _bfloat16_codes(tokens.codes, activation)
-        m, m_offset = dequantize(q, jnp.bfloat16, low_rank=False).T, 0
-        row_scale, row_zero = jnp.float32(1), None
-    else:
-        stored = unpack(q.codes, q.shape[0]) if q.spec.format.packed else q.codes
-        operand = _int8_codes if q.has_int8_product else _bfloat16_codes
-        (codes, c_offset), (m, m_offset) = operand(tokens.codes, activation), operand(stored, q.spec.format)
-        row_scale, row_zero = q.row_scale.T, None if q.zero is None else q.zero.T
-    accumulate = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
-    y = jax.lax.dot_general(codes, m, contract_last, preferred_element_type=accumulate).astype(jnp.float32)
-    y = (y * tokens.scale) * row_scale
-    # what offsets and zero points add; the sums are over the full K, in integers where the codes are
-    if row_zero is not None:
-        row_zero = row_zero + row_scale * m_offset
-        y = y + jnp.sum(codes, axis=-1, keepdims=True, dtype=accumulate) * tokens.scale * row_zero
-    if tokens.zero is not None:
-        column_sums = jnp.sum(m, axis=1, dtype=accumulate) * row_scale
-        column_sums = column_sums if row_zero is None else column_sums + q.shape[0] * row_zero
-        y = y + (tokens.zero + tokens.scale * c_offset) * column_sums
-    return y
+        weight = dequantize(q, jnp.bfloat16, low_rank=False).T
+        y = jax.lax.dot_general(codes, weight, contract_last, preferred_element_type=jnp.float32)
+        return y * tokens.scale
+    values = _bfloat16_values(_unpacked(q), q.spec.format, q.zero)
+    y = jax.lax.dot_general(codes, values, contract_last, preferred_element_type=jnp.float32)
+    return (y * tokens.scale) * q.row_scale.T
 
 
-def _int8_codes(codes: Shaped[Array, "..."], fmt: Format) -> tuple[Array, int]:
-    """int8 codes, and what to add to get the format's values."""
+def _int8_product(tokens: QuantizedTokens, q: QTensor, contract_last: Any) -> Float[Array, "*batch out"]:
+    """Integer codes on both sides, one scale a row."""
+    (c, a), (m, b) = (
+        _int8_codes(codes, fmt, zero)
+        for codes, fmt, zero in (
+            (tokens.codes, q.spec.activation, tokens.zero),
+            (_unpacked(q), q.spec.format, q.zero),
+        )
+    )
+    y = jax.lax.dot_general(c, m, contract_last, preferred_element_type=jnp.int32)
+    column_sums = jnp.sum(m, axis=1, dtype=jnp.int32)
+    if b is not None:
+        y = y + b.T * jnp.sum(c, axis=-1, keepdims=True, dtype=jnp.int32)
+        column_sums = column_sums + q.shape[0] * b[:, 0]
+    if a is not None:
+        y = y + a * column_sums
+    return (y.astype(jnp.float32) * tokens.scale) * q.row_scale.T
+
+
+def _unpacked(q: QTensor) -> Shaped[Array, "out in"]:
+    return unpack(q.codes, q.shape[0]) if q.spec.format.packed else q.codes
+
+
+def _int8_codes(codes: Shaped[Array, "..."], fmt: Format | None, zero: Array | None) -> tuple[Array, Array | None]:
+    """int8 codes, and what to add to get levels less their zero point (int32; None: nothing)."""
     assert isinstance(fmt, IntFormat)
-    return fmt.int8_codes(codes), fmt.offset
+    return fmt.int8_codes(codes), None if zero is None else fmt.offset - zero.astype(jnp.int32)
 
 
-def _bfloat16_codes(codes: Shaped[Array, "..."], fmt: Format) -> tuple[Array, int]:
-    """Values in bfloat16, exactly, and what to add to get the format's: levels are centred for a better sum."""
-    if isinstance(fmt, IntFormat):
-        return fmt.int8_codes(codes).astype(jnp.bfloat16), fmt.offset
-    return decode(codes, fmt, jnp.bfloat16), 0
+def _bfloat16_values(codes: Shaped[Array, "..."], fmt: Format, zero: Array | None) -> Array:
+    """Values in bfloat16, exactly: integers are of 8 bits and a sign at most."""
+    values = decode(codes, fmt, jnp.bfloat16)
+    return values if zero is None else values - zero.astype(jnp.bfloat16)
 
 
 def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:

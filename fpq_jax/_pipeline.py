@@ -249,7 +249,9 @@ def _quantize_linear(
         q = lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype, seed=seed)
     if seen.fixed is not None:
         asymmetric = recipe.spec.activation is not None and recipe.spec.activation.asymmetric
-        q = replace(q, input_scale=seen.fixed.scale, input_zero=seen.fixed.zero if asymmetric else None)
+        q = replace(
+            q, input_scale=seen.fixed.scale, input_zero=seen.fixed.zero.astype(jnp.uint8) if asymmetric else None
+        )
     error = float(output_error(w, dequantize(q), h))
     seconds = time.perf_counter() - began
     return q, LinearResult(

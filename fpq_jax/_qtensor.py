@@ -48,8 +48,8 @@ class QTensor:
     row_scale: float32 [out, 1] ([1, 1] for one scale per tensor); None when every group has a free scale of its own.
     exponents: int8 [out, groups] under M1 and M2: a group's scale is row_scale * 2**exponent.
     group_scale: float32 [out, groups]: free scales of several groups.
-    zero: float32, like the scale: zero points of asymmetric integers, whose values are scale * level + zero.
-    input_scale, input_zero: float32 [1]: static scale (and zero point) of the activations.
+    zero: uint8, shaped like the scale: zero points of asymmetric integers, whose values are scale * (level - zero).
+    input_scale, input_zero: float32 and uint8 [1]: static scale (and zero point) of the activations.
     low_rank: LoRC's correction, or None.
     """
 
@@ -120,7 +120,7 @@ def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, sp
     else:
         parts["group_scale"] = scales.scale.T
     if spec.format.asymmetric:
-        parts["zero"] = scales.zero[:, shared].T
+        parts["zero"] = scales.zero[:, shared].T.astype(jnp.uint8)
     codes = pack(codes.T) if spec.format.packed else codes.T
     return QTensor(codes, **parts, spec=spec, shape=(in_features, out_features))
 
@@ -129,10 +129,10 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = T
     """The weight that ``q`` stands for, [in, out], computed in float32; ``low_rank`` False leaves LoRC out."""
     in_features, _ = q.shape
     codes = unpack(q.codes, in_features) if q.spec.format.packed else q.codes
-    w = decode(codes, q.spec.format) * _per_weight(_scales(q), q)
+    w = decode(codes, q.spec.format)
     if q.zero is not None:
-        w = w + _per_weight(q.zero, q)
-    w = w.T
+        w = w - _per_weight(q.zero, q)
+    w = (w * _per_weight(_scales(q), q)).T
     if low_rank and q.low_rank is not None:
         w = w + q.low_rank.product()
     return w.astype(dtype)

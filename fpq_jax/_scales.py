@@ -1,7 +1,8 @@
 """Scales: absmax, ranges with a zero point, and the power-of-two constraints M1 and M2 (ZeroQuant-FP, section 3).
 
-Lingo: S, the free scale of a group: absmax / format max; for asymmetric integers (max - min) / format max above the
-zero point Z = min, so that the level of x is round((x - Z) / S) (ZeroQuant-V2). R, the reference of an output row;
+Lingo: S, the free scale of a group: absmax / format max; for asymmetric integers (max - min) / format max, where the
+range contains 0, and the level of x is round((x - Z) / S) (ZeroQuant-V2) with Z = -S z for the integer zero point
+z = round(-min / S), so that 0 is a level, as in the code of the paper's team. R, the reference of an output row;
 under a constraint every scale of the row is R * 2**e with an integer e, and e stays where the format times 2**e is
 exact in float8_e4m3fn.
 "up" takes the least such scale that is not below S. For M2 the reference is the row's (or compute group's) largest S
@@ -34,7 +35,7 @@ def free_scale(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
 
 
 class Scale(NamedTuple):
-    """What turns a format's values into numbers: value * scale + zero. ``exponent`` is what a constraint stores."""
+    """What turns a format's values into numbers: (value - zero) * scale. ``exponent`` is what a constraint stores."""
 
     scale: Any
     zero: Any
@@ -46,12 +47,13 @@ class Scale(NamedTuple):
 
     def divided(self, x: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
         """What is to be rounded to the format's values."""
-        return ((x - self.zero) if fmt.asymmetric else x) / self.scale
+        quotient = x / self.scale
+        # rounded before the zero point is added, which would cost digits
+        return jnp.round(quotient) + self.zero if fmt.asymmetric else quotient
 
     def numbers(self, values: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
         """The inverse of ``values``."""
-        numbers = values * self.scale
-        return numbers + self.zero if fmt.asymmetric else numbers
+        return (values - self.zero if fmt.asymmetric else values) * self.scale
 
 
 def range_scale(low: Float[Array, "..."], high: Float[Array, "..."], fmt: Format) -> Scale:
@@ -59,9 +61,10 @@ def range_scale(low: Float[Array, "..."], high: Float[Array, "..."], fmt: Format
     if not fmt.asymmetric:
         scale = free_scale(jnp.maximum(jnp.abs(low), jnp.abs(high)), fmt)
         return Scale(scale, jnp.zeros_like(scale))
-    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    low, high = jnp.minimum(low.astype(jnp.float32), 0), jnp.maximum(high.astype(jnp.float32), 0)
     # halved, since the whole range may be beyond float32
-    return Scale(jnp.where(high > low, 2 * free_scale((high / 2 - low / 2), fmt), 1.0), low)
+    scale = jnp.where(high > low, 2 * free_scale(high / 2 - low / 2, fmt), 1.0)
+    return Scale(scale, jnp.clip(jnp.round(-low / scale), 0, fmt.max))
 
 
 def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Scale:

@@ -44,15 +44,17 @@ def published(w, hessian, spec, damping=0.01):
             group = w[:, i : i + length]
             absmax, zero = np.abs(group).max(axis=1), np.zeros(len(w))
             if fmt.asymmetric:
-                zero, absmax = group.min(axis=1), group.max(axis=1) - group.min(axis=1)
+                low, high = np.minimum(group.min(axis=1), 0), np.maximum(group.max(axis=1), 0)
+                absmax = high - low
+                zero = np.clip(np.round(-low / (absmax / fmt.max)), 0, fmt.max)
             scale = np.where(absmax > 0, absmax / fmt.max, largest if spec.constraint else 1)
             if spec.constraint == "m1":
                 scale = 2.0 ** np.ceil(np.log2(scale))
             elif spec.constraint == "m2":
                 power = np.log2(largest / scale)
                 scale = largest / 2.0 ** (np.round(power) if spec.exponent_rounding == "nearest" else np.floor(power))
-        x = (w[:, i] - zero) / scale
-        out[:, i] = grid[np.abs(x[:, None] - grid).argmin(axis=1)] * scale + zero
+        x = w[:, i] / scale + zero
+        out[:, i] = (grid[np.abs(x[:, None] - grid).argmin(axis=1)] - zero) * scale
         margin[:, i] = np.abs(x[:, None] - middles).min(axis=1) / np.maximum(np.abs(x), 1e-9)
         error = (w[:, i] - out[:, i]) / upper[i, i]
         w[:, i:] -= np.outer(error, upper[i, i:])

@@ -54,6 +54,8 @@ def test_a_table_of_two_models_is_kept_and_gone_on_with(
             assert f"| {sum(values) / 2:.2f}: {values[0]:.2f} / {values[1]:.2f} |" in markdown
         (claim,) = result["claims"][title]
         assert claim["holds"] == (runs["w4a8-fp-lorc"]["mean"] <= runs["w4a8-e3m0"]["mean"])
+        pairs = zip(runs["w4a8-fp-lorc"]["perplexity"], runs["w4a8-e3m0"]["perplexity"], strict=True)
+        assert claim["holds_on_texts"] == sum(a <= b for a, b in pairs)
     capsys.readouterr()
 
     # one run is lost: it alone is done again, and comes to the same
