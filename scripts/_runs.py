@@ -86,6 +86,11 @@ def text_title(spec: str) -> str:
     return Path(spec).name
 
 
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
 def _model_digest(folder: Path) -> str:
     """Of config.json and of the weight files' sizes, beginnings and ends."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())

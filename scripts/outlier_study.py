@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import inject_outliers
-from _runs import Runs, model_title, prepare, text_title
+from _runs import Runs, model_title, prepare, table, text_title
 
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
@@ -103,17 +103,13 @@ def markdown(options: Options, results: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for title, rows in results.items():
         header = ["factor", "original", *SCHEMES, "INT8 loss / FP8 loss"]
-        lines += [f"## {title}", "", _line(header), _line(["---"] * len(header))]
+        body = []
         for row in rows:
             cells = [f"{row['factor']:g}", *(f"{row[name]:.3f}" for name in ("original", *SCHEMES))]
             lost = {name: row[name] - row["original"] for name in (int8, fp8)}
-            lines.append(_line([*cells, f"{lost[int8] / lost[fp8]:.1f}" if lost[fp8] > 0 else "FP8 loses nothing"]))
-        lines.append("")
+            body.append([*cells, f"{lost[int8] / lost[fp8]:.1f}" if lost[fp8] > 0 else "FP8 loses nothing"])
+        lines += [f"## {title}", "", *table(header, body), ""]
     return "\n".join([*lines, "![perplexity against the factor](outliers.png)", ""])
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def plot(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from _runs import Runs, model_title, prepare, text_title
+from _runs import Runs, model_title, prepare, table, text_title
 
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
@@ -139,31 +139,31 @@ def markdown(options: Options, rows: list[dict[str, Any]], result: dict[str, Any
     """All tables, and the claims."""
     lines = ["# ZeroQuant-FP's tables", ""]
     lines += [f"Perplexity, lower is better: mean: {' / '.join(result['texts'])}.", ""]
-    for table in options.tables:
-        lines += [f"## Table {table}", ""]
-        header, body = ["row", "recipe"], [[row["label"], row["recipe"] or ""] for row in rows if row["table"] == table]
+    for name in options.tables:
+        lines += [f"## Table {name}", ""]
+        header, body = ["row", "recipe"], [[row["label"], row["recipe"] or ""] for row in rows if row["table"] == name]
         for title, measured in result["models"].items():
             paper_model = measured["paper_model"]
             header += [title, "bits"] + ([f"paper's {paper_model}"] if paper_model else [])
-            for line, row in zip(body, (r for r in rows if r["table"] == table), strict=True):
+            for line, row in zip(body, (r for r in rows if r["table"] == name), strict=True):
                 run = measured["runs"][row["recipe"]]
                 line += [numbers(run["mean"], run["perplexity"]), f"{run['bits_per_weight']:.2f}"]
                 if paper_model:
                     line.append(paper_numbers(row["paper"].get(paper_model)))
-        lines += [table_line(header), table_line(["---"] * len(header)), *map(table_line, body), ""]
+        lines += [*table(header, body), ""]
     texts = len(result["texts"])
     lines += ["## The paper's claims", ""]
     lines += [f"By the means; in parentheses on how many of the {texts} texts alone.", ""] if texts > 1 else []
     header = ["claim", "of", "no higher than", *(f"{title}" for title in result["models"])]
-    lines += [table_line(header), table_line(["---"] * len(header))]
+    body = []
     for checks in zip(*result["claims"].values(), strict=True):
         first = checks[0]
         cells = [
             f"{c['means'][0]:.3f} / {c['means'][1]:.3f}: {'yes' if c['holds'] else '**no**'} ({c['holds_on_texts']})"
             for c in checks
         ]
-        lines.append(table_line([first["claim"], f"`{first['better']}`", f"`{first['worse']}`", *cells]))
-    return "\n".join([*lines, "", "![perplexity against bits per weight](tables.png)", ""])
+        body.append([first["claim"], f"`{first['better']}`", f"`{first['worse']}`", *cells])
+    return "\n".join([*lines, *table(header, body), "", "![perplexity against bits per weight](tables.png)", ""])
 
 
 def numbers(mean: float, values: list[float]) -> str:
@@ -175,10 +175,6 @@ def paper_numbers(values: list[float] | float | None) -> str:
     if isinstance(values, list):
         return numbers(values[0], values[1:])
     return "" if values is None else f"{values:.2f}"
-
-
-def table_line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def plot(path: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:

@@ -88,6 +88,41 @@ def write_checkpoint(folder: Path, config: dict, tensors: dict) -> Path:
     return folder
 
 
+def assert_logits_equal_hugging_faces(folder: Path, config: dict) -> None:
+    """Of a random model of this configuration, in float32; skipped where torch is not installed."""
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+    import jax
+    import jax.numpy as jnp
+    import transformers
+
+    from fpq_jax import load
+
+    write_checkpoint(folder, config, random_tensors(config))
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    tokens = np.random.default_rng(0).integers(2, config["vocab_size"], (3, 50))
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens)).logits.numpy()
+    got = np.asarray(jax.jit(lambda t: load(folder)(t))(jnp.asarray(tokens)))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def assert_a_cache_gives_the_same_logits(folder: Path, config: dict) -> None:
+    """Of tokens given in pieces, as of tokens given at once, on a random model of this configuration."""
+    import jax.numpy as jnp
+
+    from fpq_jax import load
+
+    model = load(write_checkpoint(folder, config, random_tensors(config)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 20)))
+    whole = model(tokens)
+    cache = model.init_cache(2, 24, jnp.float32)
+    for start, end in ((0, 7), (7, 8), (8, 20)):
+        logits, cache = model(tokens[:, start:end], cache, jnp.int32(start))
+        np.testing.assert_allclose(logits, whole[:, start:end], atol=2e-5 * float(jnp.abs(whole).max()))
+
+
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Path:
     """A Hugging Face folder of a random LLaMA with two layers."""

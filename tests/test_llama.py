@@ -1,13 +1,16 @@
 """LLaMA against Hugging Face's torch model, in float32."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from conftest import (
+    TINY_CONFIG,
+    assert_a_cache_gives_the_same_logits,
+    assert_logits_equal_hugging_faces,
+    write_checkpoint,
+)
 from fpq_jax.models import LlamaConfig, open_checkpoint
 
-from fpq_jax import FpqError, load
+from fpq_jax import FpqError
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -30,30 +33,12 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_hugging_faces(tmp_path, variant):
-    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-    import transformers
-
-    config = {**TINY_CONFIG, **VARIANTS[variant]}
-    folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))
-    oracle = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (3, 50))
-    with torch.no_grad():
-        expected = oracle(torch.tensor(tokens)).logits.numpy()
-    got = np.asarray(jax.jit(lambda t: load(folder)(t))(jnp.asarray(tokens)))
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    assert_logits_equal_hugging_faces(tmp_path / "model", {**TINY_CONFIG, **VARIANTS[variant]})
 
 
 @pytest.mark.parametrize("variant", ["grouped", "llama3_rope"])
 def test_a_cache_gives_the_same_logits_in_pieces(tmp_path, variant):
-    config = {**TINY_CONFIG, **VARIANTS[variant]}
-    model = load(write_checkpoint(tmp_path / "model", config, random_tensors(config)))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 20)))
-    whole = model(tokens)
-    cache = model.init_cache(2, 24, jnp.float32)
-    for start, end in ((0, 7), (7, 8), (8, 20)):
-        logits, cache = model(tokens[:, start:end], cache, jnp.int32(start))
-        np.testing.assert_allclose(logits, whole[:, start:end], atol=2e-5 * float(jnp.abs(whole).max()))
+    assert_a_cache_gives_the_same_logits(tmp_path / "model", {**TINY_CONFIG, **VARIANTS[variant]})
 
 
 def test_config_round_trips_through_json():
