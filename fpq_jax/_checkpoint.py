@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
-from fpq_jax._qtensor import LowRank, QTensor, expand_all
+from fpq_jax._linear import expand_all
+from fpq_jax._qtensor import LowRank, QTensor
 from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
 from fpq_jax.models import build_model, model_class_of, open_checkpoint, params_of, read_config, to_hf_config

@@ -11,8 +11,8 @@ _FOLDERS: dict[str | Path | None, str] = {None: "demo_llama", "demo-llama": "dem
 
 
 def is_demo(model: str | Path | None) -> bool:
-    """Whether ``model`` names a demo model: "demo-llama" (also None) or "demo-opt"."""
-    return model in _FOLDERS
+    """Whether ``model`` names a demo model: "demo-llama" (also None) or "demo-opt"; a folder of such a name is none."""
+    return model is None or (model in _FOLDERS and not Path(model).exists())
 
 
 def demo_model_path(model: str | Path | None = None) -> Path:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from fpq_jax._errors import FpqError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Format:
     """A number format; one of FloatFormat and IntFormat.
 
@@ -35,8 +35,8 @@ class Format:
     bits: int
     max: float
     dtype: str | None
-    table: np.ndarray | None = field(repr=False, compare=False)
-    grid: np.ndarray = field(repr=False, compare=False)
+    table: np.ndarray | None = field(compare=False)
+    grid: np.ndarray = field(compare=False)
 
     @property
     def packed(self) -> bool:
@@ -78,11 +78,11 @@ class Format:
             return codes.astype(dtype)
         return jnp.asarray(self.table, dtype)[codes]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FloatFormat(Format):
     """A small floating-point format; codes have the sign in their highest bit."""
 
@@ -165,7 +165,7 @@ class FloatFormat(Format):
         return jnp.where(value < self.min_normal, whole_steps * self.min_step, normal)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IntFormat(Format):
     """An integer format. ``offset`` is what the native codes lack to the levels: INT8 levels of 0 to 255 are stored
     from -128 on, so that they are operands of an int8 product."""
@@ -230,11 +230,11 @@ _FLOATS = (E4M3, E5M2, E2M1, E3M0, E4M3_QTORCH, E5M2_QTORCH, E2M1_QTORCH, E3M0_Q
 FORMATS: dict[str, Format] = {f.name: f for f in (*_FLOATS, INT8, INT4, INT8_ASYM, INT4_ASYM)}
 
 
-def get_format(name: "str | Format") -> Format:
-    """The format of a name such as "e2m1"; FpqError lists the names when there is none."""
+def get_format(name: Any) -> Format:
+    """The format of a name such as "e2m1", or the format itself; FpqError lists the names when there is none."""
     if isinstance(name, Format):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise FpqError(f"There is no format {name!r}; the formats are {', '.join(FORMATS)}.")
     return FORMATS[name]
 

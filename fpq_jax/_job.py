@@ -4,7 +4,7 @@ The command quantize runs one recipe on it; the scripts that compare recipes run
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from fpq_jax._checkpoint import is_quantized_dir, resolve_model, stored_bytes
 from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._linear import expand_all
 from fpq_jax._perplexity import Perplexity, perplexity
 from fpq_jax._pipeline import LinearResult, linears, quantize_checkpoint
-from fpq_jax._qtensor import expand_all
 from fpq_jax._recipe import Recipe
 from fpq_jax._report import ROW_TITLE, VERSION, bits_per_weight, environment, layer_row, row_text
 from fpq_jax._text import (
@@ -34,6 +34,11 @@ from fpq_jax._tree import Flat
 from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint
 
 
+def default_calibration(model: str | None) -> str:
+    """The text to calibrate a model on where none is named."""
+    return "demo" if is_demo(model) else "c4"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is quantized, on which text, and where it is measured. Made by ``prepare``."""
@@ -47,7 +52,7 @@ class Job:
     evaluation: dict[str, Windows]
     max_windows: int | None
     seed: int
-    first_layer: dict[Any, Any] = field(default_factory=dict)  # what recipes share, see quantize_checkpoint
+    first_layer: dict[Any, Any] | None = None  # what recipes share, see quantize_checkpoint
 
     @classmethod
     def prepare(
@@ -62,14 +67,17 @@ class Job:
         max_windows: int | None,
         dtype: DTypeLike | None,
         seed: int,
+        name: str | None = None,
     ) -> "Job":
         """Read everything a run of ``recipes`` needs but the weights; the arguments are the command's options.
 
-        Raises FpqError for whatever is wrong with them, a rule that fits no Linear of the model included.
+        ``name`` is what the model is called in what is printed and reported, if not ``model``. Several recipes share
+        what calibration sees in the first layer. Raises FpqError for whatever is wrong with the arguments, a rule that
+        fits no Linear of the model included.
         """
         check_at_least(1, num_samples=num_samples, max_windows=max_windows)
         check_at_least(2, seq_len=seq_len)
-        calibration_spec = calibration or ("demo" if is_demo(model) else "c4")
+        calibration_spec = calibration or default_calibration(model)
         for spec in (calibration_spec, *eval):
             check_spec(spec)
         folder = resolve_model(model)
@@ -97,7 +105,7 @@ class Job:
             evaluation[tail_name(calibration_spec)] = text.tail
         return cls(
             checkpoint=checkpoint,
-            model_name="demo" if model is None else model,
+            model_name=name or ("demo" if model is None else model),
             dtype=jnp.dtype(dtype or checkpoint.dtype),
             calibration_spec=calibration_spec,
             requested_samples=num_samples,
@@ -105,6 +113,7 @@ class Job:
             evaluation={spec: windows[:max_windows] for spec, windows in evaluation.items()},
             max_windows=max_windows,
             seed=seed,
+            first_layer={} if len(recipes) > 1 else None,
         )
 
     def read(self) -> Flat:

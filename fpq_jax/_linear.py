@@ -1,11 +1,12 @@
 """How a quantized weight meets its input: the one place that decides it.
 
-- FP8 codes on both sides (one scale a row, M1 or M2): one ``dot_general`` in FP8 over the full K with float32
+- "fp8", FP8 codes on both sides (one scale a row, M1 or M2): one ``dot_general`` in FP8 over the full K with float32
   accumulation;
-- integer codes on both sides, one scale a row: one int8 x int8 ``dot_general`` with int32 accumulation;
-- any other pair, one scale a row: the codes, which bfloat16 holds exactly, multiplied in it with float32 accumulation;
-- free scales of several groups: the weight, dequantized to bfloat16, and the activation's codes, multiplied in it;
-- activations left alone: the dequantized weight in the activation's dtype.
+- "int8", integer codes on both sides, one scale a row: one int8 x int8 ``dot_general`` with int32 accumulation;
+- "codes", any other pair, one scale a row, M1 or M2: the codes, which bfloat16 holds exactly, multiplied in it with
+  float32 accumulation;
+- "dequantized", free scales of several groups: the weight, rounded to bfloat16, and the activation's codes in it;
+- "weight_only", activations left alone: the dequantized weight in the activation's dtype.
 
 Scales come behind the product, then LoRC in bfloat16, then the bias. Levels less their zero points are exact in
 bfloat16 but do not fit int8: with int8 codes c and m that lack a and b, the product is
@@ -14,7 +15,7 @@ sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,30 @@ from fpq_jax._errors import FpqError
 from fpq_jax._formats import Format, IntFormat, decode, encode, unpack
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand
 from fpq_jax._scales import Scale, range_scale
+
+Product = Literal["fp8", "int8", "codes", "dequantized", "weight_only"]
+_LARGEST_INT32 = 2**31 - 1
+
+
+def product(q: QTensor) -> Product:
+    """How ``linear`` multiplies ``q``, as listed above."""
+    fmt, activation = q.spec.format, q.spec.activation
+    if activation is None:
+        return "weight_only"
+    one_scale = q.row_scale is not None and q.exponents is None
+    if one_scale and isinstance(fmt, IntFormat) and isinstance(activation, IntFormat):
+        return "int8"
+    if q.has_fp8_form:
+        return "fp8" if activation.is_float8 else "codes"
+    return "codes" if one_scale else "dequantized"
+
+
+def expand_all(tree: Any) -> Any:
+    """The pytree with every QTensor expanded to FP8 whose product is of its expanded codes; the others as they are."""
+    wanted = lambda leaf: isinstance(leaf, QTensor) and leaf.has_fp8_form and product(leaf) != "int8"
+    return jax.tree.map(
+        lambda leaf: expand(leaf) if wanted(leaf) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor)
+    )
 
 
 @dataclass(frozen=True)
@@ -110,41 +135,37 @@ def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | No
 
 def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
     """The product of quantized activations and the weight without LoRC, in float32."""
-    activation = q.spec.activation
+    kind, activation = product(q), q.spec.activation
     assert activation is not None
     contract_last = (((tokens.codes.ndim - 1,), (1,)), ((), ()))
-    if q.has_fp8_form and activation.is_float8:
-        q = expand(q)
-        y = jax.lax.dot_general(tokens.codes, q.codes, contract_last, preferred_element_type=jnp.float32)
-        return (y * tokens.scale) * q.row_scale.T  # two products: XLA fuses both behind the FP8 matmul
-    if q.has_int8_product:
+    if kind == "int8":
         return _int8_product(tokens, q, contract_last)
-    codes = _bfloat16_values(tokens.codes, activation, tokens.zero)
-    if q.row_scale is None or q.exponents is not None:
-        weight = dequantize(q, jnp.bfloat16, low_rank=False).T
-        y = jax.lax.dot_general(codes, weight, contract_last, preferred_element_type=jnp.float32)
-        return y * tokens.scale
-    values = _bfloat16_values(_unpacked(q), q.spec.format, q.zero)
-    y = jax.lax.dot_general(codes, values, contract_last, preferred_element_type=jnp.float32)
-    return (y * tokens.scale) * q.row_scale.T
+    q = expand(q) if q.has_fp8_form else q
+    if kind == "fp8":
+        x, w = tokens.codes, q.codes
+    else:
+        x = _bfloat16_values(tokens.codes, activation, tokens.zero)
+        if kind == "dequantized":
+            w = dequantize(q, jnp.bfloat16, low_rank=False).T
+        else:
+            w = _bfloat16_values(_unpacked(q), q.spec.format, q.zero)
+    y = jax.lax.dot_general(x, w, contract_last, preferred_element_type=jnp.float32) * tokens.scale
+    return y if kind == "dequantized" else y * q.row_scale.T  # a product each: XLA fuses both behind the FP8 matmul
 
 
 def _int8_product(tokens: QuantizedTokens, q: QTensor, contract_last: Any) -> Float[Array, "*batch out"]:
     """Integer codes on both sides, one scale a row."""
-    (c, a), (m, b) = (
-        _int8_codes(codes, fmt, zero)
-        for codes, fmt, zero in (
-            (tokens.codes, q.spec.activation, tokens.zero),
-            (_unpacked(q), q.spec.format, q.zero),
-        )
-    )
-    y = jax.lax.dot_general(c, m, contract_last, preferred_element_type=jnp.int32)
-    column_sums = jnp.sum(m, axis=1, dtype=jnp.int32)
+    c, a = _int8_codes(tokens.codes, q.spec.activation, tokens.zero)
+    m, b = _int8_codes(_unpacked(q), q.spec.format, q.zero)
+    # sums of levels less zero points are up to 255 * 255 * K; the codes' own stay in int32 for any K below 131,072
+    exact = jnp.int32 if 255 * 255 * q.shape[0] <= _LARGEST_INT32 else jnp.float32
+    y = jax.lax.dot_general(c, m, contract_last, preferred_element_type=jnp.int32).astype(exact)
+    column_sums = jnp.sum(m, axis=1, dtype=jnp.int32).astype(exact)
     if b is not None:
-        y = y + b.T * jnp.sum(c, axis=-1, keepdims=True, dtype=jnp.int32)
-        column_sums = column_sums + q.shape[0] * b[:, 0]
+        y = y + b.T.astype(exact) * jnp.sum(c, axis=-1, keepdims=True, dtype=jnp.int32).astype(exact)
+        column_sums = column_sums + q.shape[0] * b[:, 0].astype(exact)
     if a is not None:
-        y = y + a * column_sums
+        y = y + a.astype(exact) * column_sums
     return (y.astype(jnp.float32) * tokens.scale) * q.row_scale.T
 
 
@@ -165,7 +186,9 @@ def _bfloat16_values(codes: Shaped[Array, "..."], fmt: Format, zero: Array | Non
 
 
 def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:
-    """(x A) B with bfloat16 operands and float32 accumulation."""
-    a, b = low_rank.factors(jnp.bfloat16)
-    inner = jnp.matmul(x.astype(jnp.bfloat16), a, preferred_element_type=jnp.float32)
-    return jnp.matmul(inner.astype(jnp.bfloat16), b, preferred_element_type=jnp.float32)
+    """(x A) B with bfloat16 operands and float32 accumulation; int8 codes are exact in bfloat16, their scale is not."""
+    matmul = lambda left, right: jnp.matmul(
+        left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
+    inner = matmul(x, low_rank.a)
+    return matmul(inner if low_rank.scale is None else inner * low_rank.scale, low_rank.b)

@@ -90,10 +90,12 @@ def quantize_checkpoint(
         weights = below(checkpoint.read(dtype, prefix), prefix)
         todo = {path: r for path in weights if (r := what.get(names.get(prefix + path, ""))) is not None}
         activations = tuple((path, r.spec.activation, r.spec.activation_scale) for path, r in todo.items())
-        kept = first_layer if i == 0 and first_layer is not None else {}
-        if activations not in kept:
-            kept[activations] = _calibrate(layer, weights, activations, hidden, positions, masks)
-        seen = kept[activations]
+        shared = first_layer if i == 0 and first_layer is not None else {}
+        if activations in shared:
+            seen = shared[activations]
+        else:
+            seen = _calibrate(layer, weights, activations, hidden, positions, masks)
+            shared[activations] = jax.device_get(seen) if shared is first_layer else seen
         for path, linear_recipe in todo.items():
             q, result = _quantize_linear(names[prefix + path], weights[path], seen[path], linear_recipe, seed)
             weights[path] = jax.device_get(q)
@@ -194,15 +196,16 @@ def _inputs(
     graph: Any, activations: _Activations, state: Any, hidden: Array, positions: Array, fixed: dict[str, Scale]
 ) -> list[tuple[list[str], Array]]:
     """One forward pass of a layer: each distinct Linear input, quantized, and the kernels that see it."""
-    seen: list[tuple[Array, Format | None, Array, list[str]]] = []
+    seen: list[tuple[Array, tuple[Format | None, bool], Array, list[str]]] = []
 
     def recorder(path: str, fmt: Format | None) -> Callable[[Array, Array], None]:
         def record(x: Array, quantized: Array) -> None:
-            for other, other_fmt, _, paths in seen:
-                if other is x and other_fmt == fmt:
+            how = (fmt, path in fixed)
+            for other, other_how, _, paths in seen:
+                if other is x and other_how == how:
                     paths.append(path)
                     return
-            seen.append((x, fmt, quantized, [path]))
+            seen.append((x, how, quantized, [path]))
 
         return record
 

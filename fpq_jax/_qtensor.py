@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import E4M3, IntFormat, decode, encode, pack, unpack
+from fpq_jax._formats import E4M3, decode, encode, pack, unpack
 from fpq_jax._scales import Scale, group_scale, power_of_two, row_reference
 from fpq_jax._spec import QuantSpec
 
@@ -28,15 +28,11 @@ class LowRank:
     b: Any
     scale: Any = None
 
-    def factors(self, dtype: DTypeLike) -> tuple[Array, Array]:
-        """A [in, r] and B [r, out] in ``dtype``, the scale in A."""
-        a = self.a.astype(jnp.float32)
-        return (a if self.scale is None else a * self.scale).astype(dtype), self.b.astype(dtype)
-
     def product(self) -> Float[Array, "in out"]:
-        """A @ B in float32."""
-        a, b = self.factors(jnp.float32)
-        return jnp.matmul(a, b, precision="highest")
+        """The correction in float32."""
+        a = self.a.astype(jnp.float32)
+        a = a if self.scale is None else a * self.scale
+        return jnp.matmul(a, self.b.astype(jnp.float32), precision="highest")
 
 
 @jax.tree_util.register_dataclass
@@ -70,8 +66,8 @@ class QTensor:
 
     @property
     def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
+        """Number of weights, those of a stack of tensors (made under vmap) together."""
+        return math.prod(self.codes.shape[:-2]) * math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -87,12 +83,6 @@ class QTensor:
     def has_fp8_form(self) -> bool:
         """Whether one full-K FP8 product computes it: FP8 codes or an exact expansion, no free group scales."""
         return self.group_scale is None and self.spec.format.expands
-
-    @property
-    def has_int8_product(self) -> bool:
-        """Whether one full-K int8 product computes it: integers on both sides, no group scales."""
-        integers = isinstance(self.spec.format, IntFormat) and isinstance(self.spec.activation, IntFormat)
-        return integers and self.row_scale is not None and self.exponents is None
 
 
 def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
@@ -125,8 +115,13 @@ def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, sp
     return QTensor(codes, **parts, spec=spec, shape=(in_features, out_features))
 
 
-def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "in out"]:
-    """The weight that ``q`` stands for, [in, out], computed in float32; ``low_rank`` False leaves LoRC out."""
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "*stack in out"]:
+    """The weight that ``q`` stands for, [in, out] (stacked as ``q`` is), computed in float32.
+
+    ``low_rank`` False leaves LoRC out.
+    """
+    if q.codes.ndim > 2:
+        return jax.vmap(lambda one: dequantize(one, dtype, low_rank=low_rank))(q)
     in_features, _ = q.shape
     codes = unpack(q.codes, in_features) if q.spec.format.packed else q.codes
     w = decode(codes, q.spec.format)
@@ -159,6 +154,8 @@ def expand(q: QTensor) -> QTensor:
     that FP8 does not hold and exponents outside the exact range have no such form: FpqError. (Traced exponents cannot
     be looked at and are taken as valid, which every QTensor made here is.)
     """
+    if q.codes.ndim > 2:
+        return jax.vmap(expand)(q)
     fmt = q.spec.format
     if fmt.is_float8:
         return q
@@ -188,11 +185,3 @@ def expand(q: QTensor) -> QTensor:
     table = shifted.astype(jnp.float8_e4m3fn)
     index = _per_weight((q.exponents - low).astype(jnp.uint8), q) * 16 + codes
     return replace(q, codes=jnp.asarray(table.ravel())[index], exponents=None, spec=spec)
-
-
-def expand_all(tree: Any) -> Any:
-    """The pytree with every QTensor that has an FP8 form expanded to it; the others stay as they are."""
-    is_qtensor = lambda leaf: isinstance(leaf, QTensor)
-    return jax.tree.map(
-        lambda leaf: expand(leaf) if is_qtensor(leaf) and leaf.has_fp8_form else leaf, tree, is_leaf=is_qtensor
-    )

@@ -28,10 +28,10 @@ _SMALLEST_REFERENCE = 2.0**-100  # leaves room for R * 2**e and for the token's 
 
 
 def free_scale(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """absmax / max, 1 where absmax is zero, never below the smallest normal float32."""
+    """absmax / max, 1 where absmax is zero, never below the smallest normal float32; NaN for NaN."""
     # a product, since XLA makes one of a division by a constant, and eager and jitted scales must be equal
     scale = jnp.maximum(absmax.astype(jnp.float32) * np.float32(1 / fmt.max), _SMALLEST_FREE)
-    return jnp.where(absmax > 0, scale, 1.0)
+    return jnp.where(absmax == 0, 1.0, scale)
 
 
 class Scale(NamedTuple):
@@ -63,7 +63,7 @@ def range_scale(low: Float[Array, "..."], high: Float[Array, "..."], fmt: Format
         return Scale(scale, jnp.zeros_like(scale))
     low, high = jnp.minimum(low.astype(jnp.float32), 0), jnp.maximum(high.astype(jnp.float32), 0)
     # halved, since the whole range may be beyond float32
-    scale = jnp.where(high > low, 2 * free_scale(high / 2 - low / 2, fmt), 1.0)
+    scale = jnp.where(high == low, 1.0, 2 * free_scale(high / 2 - low / 2, fmt))
     return Scale(scale, jnp.clip(jnp.round(-low / scale), 0, fmt.max))
 
 
@@ -86,6 +86,7 @@ def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Scale:
 
 def _over_rows(values: Float[Array, " out"], reduce: Any, rows: int) -> Float[Array, " out"]:
     """Each block of ``rows`` values replaced by their reduction; the last block may be shorter."""
+    rows = min(rows, len(values))
     blocks = -(-len(values) // rows)
     padded = jnp.pad(values, (0, blocks * rows - len(values)), mode="edge").reshape(blocks, rows)
     return jnp.repeat(reduce(padded, axis=1), rows)[: len(values)]
@@ -109,7 +110,7 @@ def group_scale(
         return reference._replace(exponent=no_exponent)
     real = weight[:, None] > 0
     low, high = jnp.min(jnp.where(real, w, jnp.inf), axis=0), jnp.max(jnp.where(real, w, -jnp.inf), axis=0)
-    low, high = (jnp.where(low <= high, m, 0.0) for m in (low, high))  # a group of padding only
+    low, high = (jnp.where(low > high, 0.0, m) for m in (low, high))  # a group of padding only
     free = range_scale(low, high, spec.format)
     if spec.constraint is None:
         return free._replace(exponent=no_exponent)

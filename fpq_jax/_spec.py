@@ -52,7 +52,8 @@ class QuantSpec:
             raise FpqError(f"constraint is {self.constraint!r}; it must be m1, m2 or nothing.")
         if self.exponent_rounding not in ("up", "nearest", "search"):
             raise FpqError(f"exponent_rounding is {self.exponent_rounding!r}; it must be up, nearest or search.")
-        if not (isinstance(self.compute_rows, int) and self.compute_rows > 0):
+        rows = self.compute_rows
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise FpqError(f"compute_rows is {self.compute_rows!r}; it must be a positive number of output rows.")
         if self.constraint and not self.format.packed:
             raise FpqError(f"constraint {self.constraint} is for 4-bit formats; {self.format} is already 8 bits wide.")

@@ -12,6 +12,7 @@ from fpq_jax._checkpoint import check_output, copy_sidecars, new_directory, writ
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
+from fpq_jax._linear import product
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
 from fpq_jax._report import shortened, size_text, write_report
@@ -44,7 +45,7 @@ class Options:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default the checkpoint's own."""
     output: Path | None = None
-    """Directory for the result; left out, nothing but the report is kept (fpq-demo for the demo model)."""
+    """Directory for the result; left out, nothing but the report is kept (fpq-demo if --model is left out too)."""
     report: Path | None = None
     """JSON file for the report."""
     seed: int = 0
@@ -105,11 +106,11 @@ def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) ->
         f"\n{report['bits_per_weight']:.3f} bits per quantized weight; "
         f"all parameters {size_text(size['original'])} -> {size_text(size['quantized'])}; {report['seconds']:.0f} s"
     )
-    quantized = [leaf for leaf in params.values() if isinstance(leaf, QTensor) and leaf.spec.activation is not None]
-    if any(not q.has_fp8_form and not q.has_int8_product for q in quantized):
+    products = [product(leaf) for leaf in params.values() if isinstance(leaf, QTensor)]
+    if slow := sum(kind in ("codes", "dequantized") for kind in products):
         console.print(
-            "Free group scales, and formats that FP8 does not hold, have no FP8 form: these Linears multiply in "
-            "bfloat16. Recipes with m1 or m2 run in FP8."
+            f"{slow} of {len(products)} Linears multiply in bfloat16: free group scales, or formats other than FP8, "
+            "have no FP8 form. Recipes such as w4a8-fp-m2-lorc and w8a8-fp run in FP8."
         )
     if output is None:
         console.print("No --output was named, so the quantized model was measured and not kept.")

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from fpq_jax.models._convert import check_counts
 from fpq_jax.models._decoder import Decoder
 from fpq_jax.models._layers import Embedding, Linear, RMSNorm, attend, rotate
 from jax.typing import DTypeLike
@@ -43,8 +44,7 @@ class LlamaConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Read a ``config.json`` (transformers 4 or 5); FpqError names a key or value that is not supported."""
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [key for key in required if config.get(key) is None]:
-            raise FpqError(f"config.json lacks {', '.join(missing)}, which a LLaMA needs.")
+        check_counts(config, required, ("num_key_value_heads", "head_dim", "max_position_embeddings"))
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise FpqError(
                 f"config.json: hidden_act {config['hidden_act']!r} is not supported for LLaMA; only 'silu' is."

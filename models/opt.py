@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from flax import nnx
+from fpq_jax.models._convert import check_counts
 from fpq_jax.models._decoder import Decoder
 from fpq_jax.models._layers import Embedding, LayerNorm, Linear, attend
 from jax.typing import DTypeLike
@@ -44,13 +45,12 @@ class OptConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "OptConfig":
         """Read a ``config.json``; FpqError names a key or value that is not supported."""
         required = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
-        if missing := [key for key in required if config.get(key) is None]:
-            raise FpqError(f"config.json lacks {', '.join(missing)}, which an OPT needs.")
+        check_counts(config, required, ("max_position_embeddings", "word_embed_proj_dim"))
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         if hidden % heads:
             raise FpqError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
         activation = config.get("activation_function", "relu")
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             raise FpqError(
                 f"config.json: activation_function {activation!r} is not supported for OPT; "
                 f"{' and '.join(_ACTIVATIONS)} are."
@@ -75,7 +75,7 @@ class OptConfig:
     def to_hf(self) -> dict[str, Any]:
         """A ``config.json`` that ``from_hf`` reads back to the same config."""
         values = dataclasses.asdict(self)
-        removed = self.do_layer_norm_before and not values.pop("has_final_layer_norm")
+        removed = not values.pop("has_final_layer_norm") and self.do_layer_norm_before
         return {
             "architectures": ["OPTForCausalLM"],
             "model_type": "opt",

@@ -1,20 +1,21 @@
 """Runs of many recipes on one model, each kept in a file as soon as it is finished, so that a study resumes."""
 
 import hashlib
+import importlib.util
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import fpq_jax.models
+import jax
 import numpy as np
 
 from fpq_jax._console import console
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
 from fpq_jax._recipe import Recipe
-from fpq_jax._report import environment, write_report
-
-_SAMPLED = 2**20  # bytes of a weight file's beginning and of its end that identify it
+from fpq_jax._report import write_report
 
 
 class Runs:
@@ -28,7 +29,9 @@ class Runs:
             "evaluation": {spec: _digest(windows) for spec, windows in job.evaluation.items()},
             "dtype": str(job.dtype),
             "seed": job.seed,
-            "fpq-jax": environment()["versions"]["fpq-jax"],
+            "code": _code_digest(),
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
         }
 
     def original(self) -> dict[str, float]:
@@ -56,8 +59,12 @@ class Runs:
     def _kept(self, name: str, facts: dict[str, Any], run: Any) -> dict[str, Any]:
         path, facts = self.folder / f"{name}.json", self._facts | facts
         if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if differing := [key for key in facts if kept["of"].get(key) != facts[key]]:
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                differing = [key for key in facts if kept["of"].get(key) != facts[key]]
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise FpqError(f"{path} is no finished run; remove it or name another --output.") from error
+            if differing:
                 raise FpqError(
                     f"{path} is from another job ({', '.join(differing)} differ); remove it or name another --output."
                 )
@@ -70,10 +77,20 @@ class Runs:
         return report
 
 
-def prepare(options: Any, model: str, recipes: list[Recipe]) -> Job:
+def prepare(options: Any, model: str, recipes: list[Recipe], **changes: Any) -> Job:
     """The job of a model under a script's options, which are named as the command quantize names them."""
     names = ("calibration", "num_samples", "seq_len", "eval", "max_windows", "dtype", "seed")
-    return Job.prepare(model, recipes, **{name: getattr(options, name) for name in names})
+    return Job.prepare(model, recipes, **({name: getattr(options, name) for name in names} | changes))
+
+
+def check(options: Any) -> None:
+    """FpqError for what is wrong with a script's models and texts as such, or if plots cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FpqError("The plots need matplotlib, which is not installed; pip install '.[studies]'.")
+    if not options.model or not options.eval:
+        raise FpqError("Name at least one --model and one --eval.")
+    if len({model_title(model) for model in options.model}) < len(options.model):
+        raise FpqError("Two --model have the same name; their runs would be kept in one folder.")
 
 
 def model_title(model: str) -> str:
@@ -92,15 +109,22 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _model_digest(folder: Path) -> str:
-    """Of config.json and of the weight files' sizes, beginnings and ends."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+    """Of config.json and of the weight files."""
+    paths = sorted(p for pattern in ("config.json", "*.safetensors", "*.bin") for p in folder.glob(pattern))
+    return _files_digest(paths)
+
+
+def _code_digest() -> str:
+    """Of this package's sources: another version may come to other numbers."""
+    modules = (fpq_jax, fpq_jax.models)
+    return _files_digest(sorted(p for module in modules for p in Path(str(module.__file__)).parent.glob("*.py")))
+
+
+def _files_digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
         with path.open("rb") as file:
-            digest.update(file.read(_SAMPLED))
-            file.seek(max(0, size - _SAMPLED))
-            digest.update(file.read())
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -9,16 +9,18 @@ and the same command started again goes on behind it. Writes outliers.md, outlie
 """
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import inject_outliers
-from _runs import Runs, model_title, prepare, table, text_title
+from _runs import Runs, check, model_title, prepare, table, text_title
 
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
+from fpq_jax._job import default_calibration
 from fpq_jax._recipe import Recipe
 
 _FP8 = {"format": "e4m3", "group_size": "channel"}
@@ -61,10 +63,11 @@ class Options:
 
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
-    import matplotlib  # noqa: F401  (missing, it is missed before the work and not behind it)
-
-    if not options.model or not options.eval or not options.factors:
-        raise FpqError("Name at least one --model, one --eval and one of --factors.")
+    check(options)
+    if not options.factors or not all(math.isfinite(factor) and factor > 0 for factor in options.factors):
+        raise FpqError(f"--factors are {options.factors}; name at least one, all of them positive numbers.")
+    for model in options.model:  # each is opened and checked before the first one is worked on
+        inject_outliers.check_norms(prepare(options, model, list(SCHEMES.values())).checkpoint.model_config)
     results: dict[str, list[dict[str, Any]]] = {}
     for model in options.model:
         results[model_title(model)] = [measure(options, model, factor) for factor in options.factors]
@@ -83,7 +86,8 @@ def measure(options: Options, model: str, factor: float) -> dict[str, Any]:
         inject_outliers.main(
             inject_outliers.Options(model=model, output=copy, factor=factor, share=options.share, seed=options.seed)
         )
-        job = prepare(options, str(copy), list(SCHEMES.values()))
+        calibration = options.calibration or default_calibration(model)
+        job = prepare(options, str(copy), list(SCHEMES.values()), calibration=calibration, name=copy.name)
         runs = Runs(job, options.output / "runs" / copy.name)
         row = {"factor": factor, "original": mean(runs.original().values())}
         for scheme, recipe in SCHEMES.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from _runs import Runs, model_title, prepare, table, text_title
+from _runs import Runs, check, model_title, prepare, table, text_title
 
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
@@ -51,21 +51,14 @@ class Options:
 
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
-    import matplotlib  # noqa: F401  (missing, it is missed before the work and not behind it)
-
-    if not options.model or not options.eval or not options.tables:
-        raise FpqError("Name at least one --model, one --eval and one of --tables.")
-    titles = [model_title(model) for model in options.model]
-    if len(set(titles)) < len(titles):
-        raise FpqError("Two --model have the same name; their runs would be kept in one folder.")
+    check(options)
+    if not options.tables:
+        raise FpqError("Name at least one of --tables.")
     rows = [row for row in PAPER["rows"] if row["table"] in options.tables]
     names = list(dict.fromkeys(row["recipe"] for row in rows if row["recipe"]))
     recipes = {name: Recipe.load(name) for name in names}
     # every model and text is opened and checked before the first one is worked on
-    jobs = {
-        title: prepare(options, model, list(recipes.values()))
-        for title, model in zip(titles, options.model, strict=True)
-    }
+    jobs = {model_title(model): prepare(options, model, list(recipes.values())) for model in options.model}
     measured = {}
     for title, job in jobs.items():
         paper_model = recognized(job.checkpoint.model_class.__name__, job.checkpoint.model_config)
@@ -73,7 +66,6 @@ def main(options: Options) -> None:
         reports = {None: {"original": runs.original()}}
         for name, recipe in recipes.items():
             reports[name] = runs.report(for_paper_model(recipe, paper_model))
-        job.first_layer.clear()
         measured[title] = {"paper_model": paper_model, "runs": {n: summary(r) for n, r in reports.items()}}
     result = {"texts": [text_title(spec) for spec in options.eval], "models": measured}
     result["claims"] = {title: check_claims(m["runs"]) for title, m in measured.items()}
@@ -82,7 +74,7 @@ def main(options: Options) -> None:
 
 
 def recognized(architecture: str, config: Any) -> str | None:
-    """The paper's model that has this shape."""
+    """The paper's model that has this shape; what was tuned from it later has the same."""
     for name, facts in PAPER["models"].items():
         shape = {key: value for key, value in facts.items() if key not in ("model_type", "group_size")}
         if facts["model_type"] == architecture.lower() and all(getattr(config, k) == v for k, v in shape.items()):
@@ -144,7 +136,7 @@ def markdown(options: Options, rows: list[dict[str, Any]], result: dict[str, Any
         header, body = ["row", "recipe"], [[row["label"], row["recipe"] or ""] for row in rows if row["table"] == name]
         for title, measured in result["models"].items():
             paper_model = measured["paper_model"]
-            header += [title, "bits"] + ([f"paper's {paper_model}"] if paper_model else [])
+            header += [title, "bits"] + ([f"{paper_model} in the paper"] if paper_model else [])
             for line, row in zip(body, (r for r in rows if r["table"] == name), strict=True):
                 run = measured["runs"][row["recipe"]]
                 line += [numbers(run["mean"], run["perplexity"]), f"{run['bits_per_weight']:.2f}"]

@@ -1,10 +1,12 @@
 import sys
+from pathlib import Path
 
 import pytest
 from fpq_jax.models import open_checkpoint
 
 from fpq_jax import FpqError
-from fpq_jax._demo import demo_model_path, demo_topics
+from fpq_jax._checkpoint import resolve_model
+from fpq_jax._demo import demo_model_path, demo_topics, is_demo
 
 
 def test_the_split_of_the_topics_is_whole_and_disjoint():
@@ -16,16 +18,25 @@ def test_the_split_of_the_topics_is_whole_and_disjoint():
     assert not set(kept) & set(held_out)
 
 
+def test_a_folder_of_a_demo_models_name_is_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("demo-opt").name == "demo_opt"
+    (tmp_path / "demo-opt").mkdir()
+    assert resolve_model("demo-opt") == Path("demo-opt") and not is_demo("demo-opt")
+
+
 def test_a_python_without_topics_is_told_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(FpqError, match="--calibration FILE"):
         demo_topics(held_out=True)
 
 
-def test_the_shipped_model_is_a_small_bfloat16_llama_with_several_groups_in_a_row():
-    checkpoint = open_checkpoint(demo_model_path())
+@pytest.mark.parametrize("model", ["demo-llama", "demo-opt"])
+def test_the_shipped_models_are_small_bfloat16_ones_with_several_groups_in_a_row(model):
+    checkpoint = open_checkpoint(demo_model_path(model))
+    assert is_demo(model) and checkpoint.config["model_type"] == model.removeprefix("demo-")
     assert checkpoint.dtype == "bfloat16"
     assert (checkpoint.folder / "model.safetensors").stat().st_size < 12e6
     assert checkpoint.model_config.hidden_size >= 256
-    assert checkpoint.model_config.intermediate_size > 2 * 256
+    assert max(max(shape) for path, shape in checkpoint.shapes.items() if path.startswith("layers.")) > 2 * 256
     assert (checkpoint.folder / "README.md").is_file()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E4M3, E5M2, FpqError, QuantSpec, dequantize, linear, lorc, quantize_array, quantize_tokens
-from fpq_jax._linear import Observed, fake_quantize_tokens, static_scale
+from fpq_jax._linear import Observed, expand_all, fake_quantize_tokens, product, static_scale
 from fpq_jax._scales import range_scale
 
 SPECS = {
@@ -22,6 +22,7 @@ SPECS = {
     "w8a8-int-symmetric": QuantSpec(format="int8", group_size="channel", activation="int8"),
     "w8a8-int-fp": QuantSpec(format="int8-asym", group_size="channel"),
     "w4a4-int": QuantSpec(format="int4-asym", group_size="channel", activation="int4-asym"),
+    "w4a4-int-symmetric": QuantSpec(format="int4", group_size="channel", activation="int4"),
     "w4a8-int": QuantSpec(format="int4-asym", group_size=32, activation="int8-asym"),
     "w4a8-int-fp": QuantSpec(format="int4", group_size=32),
     "w4a8-int-m2": QuantSpec(format="int4", group_size=32, constraint="m2"),
@@ -30,7 +31,7 @@ SPECS = {
     "static": QuantSpec(group_size=32, constraint="m2", activation_scale="static"),
     "static-int": QuantSpec(format="int8", group_size="channel", activation="int8-asym", activation_scale="static"),
 }
-IN_BFLOAT16 = ("free", "w4a8-int", "w4a8-int-fp", "w4a8-fp-int")  # their weights are rounded to it
+IN_BFLOAT16 = ("free", "w4a8-int", "w4a8-int-fp")  # their weights are rounded to it
 
 
 def operands(tokens=(3, 5), inputs=100, outputs=24, seed=0):
@@ -55,7 +56,7 @@ def quantized_activations(x, q):
         s, z = np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / q.spec.activation.max), np.float32(0)
     v = x / s
     if name.startswith("int"):
-        low, high = {"int8": (-127, 127), "int8-asym": (0, 255), "int4-asym": (0, 15)}[name]
+        low, high = {"int8": (-127, 127), "int8-asym": (0, 255), "int4-asym": (0, 15), "int4": (-7, 7)}[name]
         v = np.clip(np.rint(v) + z, low, high) - z
     elif name == "e4m3-qtorch":  # ties away from zero
         spacing = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(v), 1e-9))) - 3), 2.0**-9)
@@ -126,11 +127,36 @@ def test_the_product_is_one_fp8_dot_over_the_full_k():
 
 def test_integers_meet_in_one_int8_dot_with_int32_accumulation():
     x, w, _ = operands()
-    for name in ("w8a8-int", "w8a8-int-symmetric", "static-int", "w4a4-int"):
+    for name in ("w8a8-int", "w8a8-int-symmetric", "static-int", "w4a4-int", "w4a4-int-symmetric"):
         text = str(jax.make_jaxpr(linear)(x, quantized(w, SPECS[name])))
         dots = [line for line in text.splitlines() if "dot_general" in line]
         assert len(dots) == 1 and "preferred_element_type=int32" in text and ":i32[3,5,24] = dot_general" in dots[0]
         assert "i8[24,100]" in text and "i8[3,5,100]" in text
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_expanded_weights_multiply_in_the_same_way(name):
+    x, w, _ = operands()
+    q = quantized(w, SPECS[name])
+    np.testing.assert_array_equal(linear(x, expand_all(q)), linear(x, q))
+    expected = {"m1": "fp8", "e5m2": "fp8", "free": "dequantized", "w8a8-int": "int8", "w8a8-int-fp": "codes",
+                "w4a8-fp-int": "codes", "w4a8-int": "dequantized", "w4a4-int-symmetric": "int8"}  # fmt: skip
+    assert product(q) == product(expand_all(q)) == expected.get(name, product(q))
+
+
+def test_integer_sums_beyond_int32_are_taken_in_float32():
+    inputs = 36864  # OPT-66b's fc2
+    q = quantize_array(
+        jnp.ones((inputs, 1)), QuantSpec(format="int8-asym", group_size="channel", activation="int8-asym")
+    )
+    np.testing.assert_allclose(linear(jnp.ones((1, inputs)), q), [[inputs]], rtol=1e-6)
+
+
+def test_a_nan_stays_one():
+    _, w, _ = operands()
+    for name in ("m2", "w8a8-int", "w8a8-int-symmetric", "w4a8-int"):
+        y = linear(jnp.ones((2, 100)).at[1, 3].set(jnp.nan), quantized(w, SPECS[name]))
+        assert np.isnan(y[1]).all() and np.isfinite(y[0]).all()
 
 
 def test_a_static_scale_is_one_for_all_tokens_and_saturates():

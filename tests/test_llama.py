@@ -56,6 +56,7 @@ def test_config_round_trips_through_json():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),

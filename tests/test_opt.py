@@ -41,6 +41,7 @@ def test_config_round_trips_through_json():
     for variant in VARIANTS.values():
         config = OptConfig.from_hf({**OPT_CONFIG, **variant})
         assert OptConfig.from_hf(config.to_hf()) == config
+        assert "has_final_layer_norm" not in config.to_hf()
 
 
 @pytest.mark.parametrize(("hidden", "rank"), [(768, 8), (2048, 16), (4096, 32), (5120, 40), (7168, 56)])
@@ -56,6 +57,10 @@ def test_lorc_ranks_are_the_papers(hidden, rank):
         ({"learned_embeddings": False}, "learned_embeddings"),
         ({"num_attention_heads": 5}, "num_attention_heads 5"),
         ({"ffn_dim": None}, "lacks ffn_dim"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings is 'x'"),
+        ({"activation_function": ["relu"]}, "activation_function"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
     ],
 )

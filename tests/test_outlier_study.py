@@ -28,6 +28,8 @@ def test_the_study_writes_a_table_and_a_plot_and_keeps_its_runs(
     markdown = (tmp_path / "out" / "outliers.md").read_text()
     assert all(f"{row[name]:.3f}" in markdown for name in ("original", *study.SCHEMES))
     assert (tmp_path / "out" / "outliers.png").stat().st_size > 5000
+    kept = json.loads((tmp_path / "out" / "runs" / "tiny-opt-x30" / "w8a8-fp.json").read_text())
+    assert kept["model"] == "tiny-opt-x30"
     capsys.readouterr()
     study.run_command(study.main, study.Options)
     assert "Quantizing" not in capsys.readouterr().out and (tmp_path / "out" / "outliers.json").read_text() == text

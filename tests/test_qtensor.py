@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E2M1, E4M3, FpqError, LowRank, QuantSpec, dequantize, expand, lorc, quantize_array
-from fpq_jax._qtensor import expand_all
+from fpq_jax._linear import expand_all
 
 SPECS = [
     QuantSpec(group_size=32),
@@ -107,6 +107,9 @@ def test_it_is_a_pytree_that_jit_and_vmap_take():
     spec = QuantSpec(group_size=32, constraint="m2")
     stacked = jax.vmap(lambda m: quantize_array(m, spec))(w)
     got = jax.jit(jax.vmap(dequantize))(stacked)
+    np.testing.assert_array_equal(dequantize(stacked), got)
+    np.testing.assert_array_equal(dequantize(expand(stacked)), got)
+    assert stacked.bits_per_weight == quantize_array(w[0], spec).bits_per_weight
     np.testing.assert_array_equal(got, np.stack([dequantize(quantize_array(m, spec)) for m in w]))
     leaves, structure = jax.tree.flatten(stacked)
     assert jax.tree.unflatten(structure, leaves).spec == spec

@@ -65,6 +65,10 @@ def test_a_table_of_two_models_is_kept_and_gone_on_with(
         f"Quantizing {tiny_llama} with w4a8-e3m0: 4 windows of 64 tokens of {text_file}"
     ]
     assert (tmp_path / "out" / "tables.json").read_text() == written
+    (tmp_path / "out" / "runs" / "tiny-opt" / "w4a8-e3m0.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, *line)
+    assert "w4a8-e3m0.json is no finished run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_:
         run(script, monkeypatch, *line, "--seed", 1)
     assert exit_.value.code == 2
@@ -86,7 +90,7 @@ def test_the_papers_numbers_stand_beside_its_models(script):
 def test_the_papers_models_are_recognized_by_their_shape(script):
     for name, (hidden, layers) in SHAPES.items():
         size = {"hidden_size": hidden, "num_hidden_layers": layers, "max_position_embeddings": 2048,
-                "num_attention_heads": 32 if hidden % 32 == 0 else 4, "num_key_value_heads": None}  # fmt: skip
+                "vocab_size": 32000 if name.startswith("llama") else 50272, "num_key_value_heads": None}  # fmt: skip
         llama = name.startswith("llama")
         config = (LlamaConfig if llama else OptConfig).from_hf({**(TINY_CONFIG if llama else OPT_CONFIG), **size})
         assert script.recognized("Llama" if llama else "Opt", config) == name
@@ -121,6 +125,7 @@ def test_every_row_has_a_recipe_numbers_and_a_place_on_the_page(script):
         (["--model", "/nowhere"], "no model folder /nowhere"),
         (["--eval", "absent.txt"], "no text file absent.txt"),
         (["--model", "demo-llama", "demo-llama"], "same name"),
+        (["--tables"], "one of --tables"),
     ],
 )
 def test_wrong_arguments_are_one_sentence_before_any_work(

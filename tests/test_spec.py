@@ -17,6 +17,8 @@ from fpq_jax import E2M1, FpqError, QuantSpec
         ({"constraint": "m1", "group_size": "tensor"}, "several scales"),
         ({"compute_rows": 4}, "m2 only"),
         ({"compute_rows": 0, "constraint": "m2"}, "compute_rows is 0"),
+        ({"compute_rows": True, "constraint": "m2"}, "compute_rows is True"),
+        ({"format": ["e2m1"]}, "no format"),
         ({"constraint": "m2", "format": "int4-asym"}, "zero points"),
         ({"activation": "int9"}, "no format 'int9'"),
         ({"activation_scale": "row"}, "activation_scale is 'row'"),
