@@ -8,6 +8,7 @@ stored with the scale. Ties go to the even integer.
 Sources: OCP FP8 and MX specifications; ZeroQuant-FP (arXiv 2307.09782), section 3; ZeroQuant-V2 (arXiv 2303.08302).
 """
 
+import abc
 import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from fpq_jax._errors import FpqError
 
 
 @dataclass(frozen=True, repr=False)
-class Format:
+class Format(abc.ABC):
     """A number format; one of FloatFormat and IntFormat.
 
     max: the largest value (of an asymmetric integer: the highest level). bits: storage of one code.
@@ -67,11 +68,12 @@ class Format:
         """Whether its codes are, or become without a rounding, native 8-bit floats."""
         return self.is_float8 or self.exact_shifts[0] <= self.exact_shifts[1]
 
+    @abc.abstractmethod
     def cast(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        raise NotImplementedError
+        """The public function of this name; so are ``encode`` and ``decode``."""
 
-    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]: ...
 
     def decode(self, codes: Shaped[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
         if self.table is None:
@@ -86,9 +88,9 @@ class Format:
 class FloatFormat(Format):
     """A small floating-point format; codes have the sign in their highest bit."""
 
-    exponent_bits: int = 0
-    mantissa_bits: int = 0
-    ties: Literal["even", "away"] = "even"
+    exponent_bits: int
+    mantissa_bits: int
+    ties: Literal["even", "away"]
 
     @classmethod
     def make(
@@ -170,8 +172,8 @@ class IntFormat(Format):
     """An integer format. ``offset`` is what the native codes lack to the levels: INT8 levels of 0 to 255 are stored
     from -128 on, so that they are operands of an int8 product."""
 
-    offset: int = 0
-    lowest: int = 0
+    offset: int
+    lowest: int
 
     @classmethod
     def make(cls, name: str, bits: int, *, asymmetric: bool = False) -> "IntFormat":

@@ -26,11 +26,11 @@ from fpq_jax._formats import Format, IntFormat, decode, encode, unpack
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand
 from fpq_jax._scales import Scale, range_scale
 
-Product = Literal["fp8", "int8", "codes", "dequantized", "weight_only"]
+ProductKind = Literal["fp8", "int8", "codes", "dequantized", "weight_only"]
 _LARGEST_INT32 = 2**31 - 1
 
 
-def product(q: QTensor) -> Product:
+def product_kind(q: QTensor) -> ProductKind:
     """How ``linear`` multiplies ``q``, as listed above."""
     fmt, activation = q.spec.format, q.spec.activation
     if activation is None:
@@ -45,7 +45,7 @@ def product(q: QTensor) -> Product:
 
 def expand_all(tree: Any) -> Any:
     """The pytree with every QTensor expanded to FP8 whose product is of its expanded codes; the others as they are."""
-    wanted = lambda leaf: isinstance(leaf, QTensor) and leaf.has_fp8_form and product(leaf) != "int8"
+    wanted = lambda leaf: isinstance(leaf, QTensor) and leaf.has_fp8_form and product_kind(leaf) != "int8"
     return jax.tree.map(
         lambda leaf: expand(leaf) if wanted(leaf) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor)
     )
@@ -135,7 +135,7 @@ def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | No
 
 def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
     """The product of quantized activations and the weight without LoRC, in float32."""
-    kind, activation = product(q), q.spec.activation
+    kind, activation = product_kind(q), q.spec.activation
     assert activation is not None
     contract_last = (((tokens.codes.ndim - 1,), (1,)), ((), ()))
     if kind == "int8":

@@ -12,7 +12,7 @@ from fpq_jax._checkpoint import check_output, copy_sidecars, new_directory, writ
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
-from fpq_jax._linear import product
+from fpq_jax._linear import product_kind
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
 from fpq_jax._report import shortened, size_text, write_report
@@ -106,7 +106,7 @@ def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) ->
         f"\n{report['bits_per_weight']:.3f} bits per quantized weight; "
         f"all parameters {size_text(size['original'])} -> {size_text(size['quantized'])}; {report['seconds']:.0f} s"
     )
-    products = [product(leaf) for leaf in params.values() if isinstance(leaf, QTensor)]
+    products = [product_kind(leaf) for leaf in params.values() if isinstance(leaf, QTensor)]
     if slow := sum(kind in ("codes", "dequantized") for kind in products):
         console.print(
             f"{slow} of {len(products)} Linears multiply in bfloat16: free group scales, or formats other than FP8, "

@@ -1,5 +1,6 @@
 """What every decoder-only model shares: tokens through ``embed``, the layers and ``head``, with or without a cache."""
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,13 +28,13 @@ class Decoder(nnx.Module):
     embed_tokens: Embedding
     layers: nnx.List[Any]
 
+    @abc.abstractmethod
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token ids to the first layer's input."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The last layer's output to logits."""
-        raise NotImplementedError
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:
         """An empty key-value cache for ``length`` tokens."""

@@ -4,8 +4,8 @@
 
 For each factor a copy of each model with outlier channels (see inject_outliers.py) is quantized: W8A8 with FP8 weights
 and INT8 or FP8 activations, W4A8 with INT4 (asymmetric as in the paper, and symmetric) or FP4 weights and FP8
-activations. Every finished run is kept in --output,
-and the same command started again goes on behind it. Writes outliers.md, outliers.json and outliers.png.
+activations. Every finished run is kept in --output, and the same command started again goes on behind it.
+Writes outliers.md, outliers.json and outliers.png.
 """
 
 import json

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E4M3, E5M2, FpqError, QuantSpec, dequantize, linear, lorc, quantize_array, quantize_tokens
-from fpq_jax._linear import Observed, expand_all, fake_quantize_tokens, product, static_scale
+from fpq_jax._linear import Observed, expand_all, fake_quantize_tokens, product_kind, static_scale
 from fpq_jax._scales import range_scale
 
 SPECS = {
@@ -141,7 +141,7 @@ def test_expanded_weights_multiply_in_the_same_way(name):
     np.testing.assert_array_equal(linear(x, expand_all(q)), linear(x, q))
     expected = {"m1": "fp8", "e5m2": "fp8", "free": "dequantized", "w8a8-int": "int8", "w8a8-int-fp": "codes",
                 "w4a8-fp-int": "codes", "w4a8-int": "dequantized", "w4a4-int-symmetric": "int8"}  # fmt: skip
-    assert product(q) == product(expand_all(q)) == expected.get(name, product(q))
+    assert product_kind(q) == product_kind(expand_all(q)) == expected.get(name, product_kind(q))
 
 
 def test_integer_sums_beyond_int32_are_taken_in_float32():
@@ -150,6 +150,17 @@ def test_integer_sums_beyond_int32_are_taken_in_float32():
         jnp.ones((inputs, 1)), QuantSpec(format="int8-asym", group_size="channel", activation="int8-asym")
     )
     np.testing.assert_allclose(linear(jnp.ones((1, inputs)), q), [[inputs]], rtol=1e-6)
+
+
+def test_int8_factors_correct_as_bfloat16_ones_do():
+    x, w, _ = operands()
+    q = quantized(w, SPECS["m2"])
+    plain_error = np.asarray(linear(x, q) - x @ w)
+    for dtype in ("bfloat16", "int8"):
+        corrected = lorc(w, q, rank=8, dtype=dtype)
+        added = np.asarray(linear(x, corrected) - linear(x, q))
+        np.testing.assert_allclose(added, x @ corrected.low_rank.product(), atol=0.01 * np.abs(added).max())
+        assert np.linalg.norm(plain_error + added) < 0.9 * np.linalg.norm(plain_error)
 
 
 def test_a_nan_stays_one():

@@ -80,13 +80,19 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     assert parts[0] == parts[1] == parts[2]
 
 
-def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama, windows):
+def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama, windows, monkeypatch):
+    import fpq_jax._pipeline as pipeline
+
+    calls, calibrate = [], pipeline._calibrate
+    monkeypatch.setattr(pipeline, "_calibrate", lambda *a: (calls.append(a), calibrate(*a))[1])
     checkpoint, first_layer = open_checkpoint(tiny_llama), {}
     run = lambda what, **kept: quantize_checkpoint(checkpoint, what, windows, jnp.float32, **kept)[0]
     other = recipe(weight={"format": "int4", "group_size": 16})
     run(recipe(), first_layer=first_layer)
-    assert len(first_layer) == 1
-    chex.assert_trees_all_equal(run(other, first_layer=first_layer), run(other))
+    assert len(first_layer) == 1 and len(calls) == 2
+    shared = run(other, first_layer=first_layer)
+    assert len(calls) == 3  # the second layer's alone
+    chex.assert_trees_all_equal(shared, run(other))
     run(recipe(activation="int8"), first_layer=first_layer)
     assert len(first_layer) == 2
 
