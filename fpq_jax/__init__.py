@@ -6,6 +6,7 @@ from pathlib import Path as _Path
 if not _Path(__file__).with_name("models").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
+from fpq_jax._activations import quantize_tokens
 from fpq_jax._checkpoint import load, save
 from fpq_jax._errors import FpqError
 from fpq_jax._formats import (
@@ -28,12 +29,16 @@ from fpq_jax._formats import (
     pack,
     unpack,
 )
+from fpq_jax._generation import Generated, Generator
 from fpq_jax._gptq import gptq, gptq_with_stats, hessian
-from fpq_jax._linear import linear, quantize_tokens
+from fpq_jax._hopper import compile_for_hopper, hopper
+from fpq_jax._linear import linear
 from fpq_jax._lorc import lorc
+from fpq_jax._program import Kernel, Program
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, quantize_array
 from fpq_jax._recipe import Recipe
 from fpq_jax._spec import QuantSpec
+from fpq_jax.models import prepare
 
 __all__ = [
     "E2M1",
@@ -50,11 +55,16 @@ __all__ = [
     "INT8_ASYM",
     "Format",
     "FpqError",
+    "Generated",
+    "Generator",
+    "Kernel",
     "LowRank",
+    "Program",
     "QTensor",
     "QuantSpec",
     "Recipe",
     "cast",
+    "compile_for_hopper",
     "decode",
     "dequantize",
     "encode",
@@ -62,10 +72,12 @@ __all__ = [
     "gptq",
     "gptq_with_stats",
     "hessian",
+    "hopper",
     "linear",
     "load",
     "lorc",
     "pack",
+    "prepare",
     "quantize_array",
     "quantize_tokens",
     "save",

@@ -24,11 +24,20 @@ import jax.numpy as jnp
 
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
-from fpq_jax._linear import expand_all
 from fpq_jax._qtensor import LowRank, QTensor
+from fpq_jax._residency import Residency, check_residency
 from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
-from fpq_jax.models import build_model, model_class_of, open_checkpoint, params_of, read_config, to_hf_config
+from fpq_jax.models import (
+    build_model,
+    is_prepared,
+    model_class_of,
+    open_checkpoint,
+    params_of,
+    prepare,
+    read_config,
+    to_hf_config,
+)
 
 VERSION = 1
 _MANIFEST = "fpq.json"
@@ -70,30 +79,38 @@ def is_quantized_dir(folder: Path) -> bool:
 
 def save(directory: str | Path, model: Any) -> None:
     """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything."""
+    if is_prepared(model):
+        raise FpqError("A model that was prepared to be run cannot be saved; load it without expand, and save that.")
     config = to_hf_config(model)
     with new_directory(Path(directory)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_params(folder, params_of(model))
 
 
-def load(directory: str | Path, *, dtype: Any = None, expanded: bool = False) -> Any:
+def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
-    ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expanded`` turns packed 4-bit
-    codes into FP8 once, exactly, where their scales allow it: twice the memory, and no unpacking in each step.
-    Raises FpqError.
+    ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expand`` prepares the model to be
+    run (see ``prepare``): "load" turns packed 4-bit codes into FP8 once, exactly, where their scales allow it; "step"
+    leaves them packed, half the memory, and expands them in each product. None leaves everything as stored, for
+    ``save``. Raises FpqError.
     """
+    if expand is not None:
+        check_residency(expand)
     folder = resolve_model(directory)
-    if not is_quantized_dir(folder):
+    if is_quantized_dir(folder):
+        config = read_config(folder)
+        model_class = model_class_of(config)
+        model_config, params = model_class.Config.from_hf(config), read_params(folder)
+        if dtype is not None:
+            params = {p: v if isinstance(v, QTensor) else v.astype(dtype) for p, v in params.items()}
+    else:
         checkpoint = open_checkpoint(folder)
+        model_class, model_config = checkpoint.model_class, checkpoint.model_config
         params = checkpoint.read(jnp.dtype(dtype or checkpoint.dtype))
-        return build_model(checkpoint.model_class, checkpoint.model_config, params)
-    config = read_config(folder)
-    model_class = model_class_of(config)
-    params = read_params(folder)
-    if dtype is not None:
-        params = {p: v if isinstance(v, QTensor) else v.astype(dtype) for p, v in params.items()}
-    return build_model(model_class, model_class.Config.from_hf(config), expand_all(params) if expanded else params)
+    model = build_model(model_class, model_config, params)
+    del params  # so that what preparing replaces is freed as it goes
+    return model if expand is None else prepare(model, expand)
 
 
 def check_output(directory: Path) -> None:

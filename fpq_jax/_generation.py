@@ -1,96 +1,190 @@
-"""Token by token generation with a key-value cache: one jitted prefill, one jitted step for fixed shapes."""
+"""Token by token generation of a batch of prompts with a key-value cache.
+
+Two programs are compiled, each once for its shapes: the prefill of all prompts, filled up at their ends to one length,
+and the step that decodes one token of each row. Both sample the next token on the device and are handed the cache to
+write in place, so a step costs one dispatch, and the host reads a token while the next one is computed.
+"""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from fpq_jax._errors import FpqError
+
+KvCache = Literal["model", "float8"]
+_MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serve again
 
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: the new ones, without the prompt. Seconds of the prompt and per later step, compilation left out."""
+    """tokens: each row's new ones, without the prompt. Seconds of the prompts and of all later steps, compilation left
+    out; the steps; bytes of the cache."""
 
-    tokens: list[int]
+    tokens: list[list[int]]
     prefill_seconds: float
     decode_seconds: float
     decode_steps: int
+    cache_bytes: int
 
 
-def generate(
-    model: Any,
-    prompt: list[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    stop: Collection[int] = (),
-    seed: int = 0,
-    on_token: Callable[[int], None] = lambda token: None,
-) -> Generated:
-    """Continue ``prompt``. temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability."""
 
-    Ends after ``max_new_tokens``, at a token of ``stop`` (not returned), or at the model's last position.
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def cache_dtype(model: Any, kv_cache: KvCache) -> DTypeLike:
+    """What a cache's keys and values are held in: as the model computes, or FP8 codes with scales."""
+    return jnp.float8_e4m3fn if kv_cache == "float8" else model.embed_tokens.embedding.get_value().dtype
+
+
+class Generator:
+    """Continues prompts with one model; keeps the programs that it compiled.
+
+    ``kv_cache`` "float8" holds keys and values as E4M3 codes with a scale per head and token: half the memory of
+    16 bits. A model that was prepared (``load(..., expand="load")``) is fastest.
     """
-    limit = model.config.max_position_embeddings
-    if not prompt:
-        raise FpqError("The prompt has no tokens; give some text.")
-    if len(prompt) >= limit:
-        raise FpqError(f"The prompt has {len(prompt)} tokens; the model takes at most {limit - 1}.")
-    length = min(limit, len(prompt) + max_new_tokens)
-    graph, state = nnx.split(model)
-    cache = model.init_cache(1, length, model.embed_tokens.embedding.get_value().dtype)
-    tokens = jnp.asarray([prompt], jnp.int32)
-    sample = partial(_sample, temperature=temperature, top_p=top_p)
-    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
 
-    prefill = _step.lower(graph, state, tokens, cache, jnp.int32(0)).compile()
-    step = _step.lower(graph, state, tokens[:, :1], cache, jnp.int32(0)).compile()
-    began = time.perf_counter()
-    logits, cache = prefill(state, tokens, cache, jnp.int32(0))
-    token = int(sample(logits, keys[0]))
-    prefill_seconds = time.perf_counter() - began
+    def __init__(self, model: Any, *, kv_cache: KvCache = "model"):
+        self._model = model
+        self._graph, self._state = nnx.split(model)
+        self._dtype = cache_dtype(model, kv_cache)
+        self._programs: dict[Any, Any] = {}
 
-    new: list[int] = []
-    began, steps = time.perf_counter(), 0
-    for position in range(len(prompt), length + 1):
-        if token in stop:
-            break
-        new.append(token)
-        on_token(token)
-        if position == length or len(new) == max_new_tokens:
-            break
-        logits, cache = step(state, jnp.full((1, 1), token, jnp.int32), cache, jnp.int32(position))
-        token = int(sample(logits, keys[len(new)]))
-        steps += 1
-    return Generated(new, prefill_seconds, time.perf_counter() - began, steps)
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Collection[int] = (),
+        seed: int = 0,
+        on_token: Callable[[int, int], None] = lambda row, token: None,
+    ) -> Generated:
+        """Continue each prompt, a list of token ids; greedy rows are what they would be alone.
+
+        A row ends after ``max_new_tokens``, at a token of ``stop`` (not returned), or at the model's last position.
+        ``on_token`` is told each row's index and new tokens as they come. FpqError for prompts that cannot be
+        continued.
+        """
+        limit = self._model.config.max_position_embeddings
+        lengths = [len(prompt) for prompt in prompts]
+        if not lengths or 0 in lengths:
+            raise FpqError("A prompt has no tokens; give some text.")
+        if max(lengths) >= limit:
+            raise FpqError(f"The prompt has {max(lengths)} tokens; the model takes at most {limit - 1}.")
+        # the last token is returned and not fed again
+        room = [min(max_new_tokens, limit - length + 1) for length in lengths]
+        width = _rounded_up(max(lengths))
+        slots = max(width, _rounded_up(max(length + more for length, more in zip(lengths, room, strict=True))))
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        cache = self._model.init_cache(len(prompts), slots, self._dtype)
+        cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        key, sampling = jax.random.key(seed), Sampling(temperature=temperature, top_p=top_p)
+        first = (self._state, jnp.asarray(tokens), cache, jnp.asarray(lengths, jnp.int32), key)
+        prefill = self._program(_prefill, sampling, first)
+        later = (self._state, first[3], cache, first[3], key)
+        step = self._program(_step, sampling, later)
+
+        rows: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+
+        def take(new: np.ndarray) -> None:
+            for row in sorted(running):
+                token = int(new[row])
+                if token not in stop:
+                    rows[row].append(token)
+                    on_token(row, token)
+                if token in stop or len(rows[row]) == room[row]:
+                    running.discard(row)
+
+        began = time.perf_counter()
+        token, cache, position = prefill(*first)
+        token.block_until_ready()
+        prefill_seconds = time.perf_counter() - began
+        began, steps = time.perf_counter(), 0
+        for _ in range(max(room) - 1):
+            following, cache, position = step(self._state, token, cache, position, key)
+            take(np.asarray(token))
+            token = following
+            if not running:
+                break  # the step under way is for nobody
+            steps += 1
+        if running:
+            take(np.asarray(token))
+        return Generated(rows, prefill_seconds, time.perf_counter() - began, steps, cache_bytes)
+
+    def _program(self, function: Any, sampling: Sampling, arguments: tuple[Any, ...]) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
+        at = (function, sampling, shapes)
+        if at not in self._programs:
+            self._programs[at] = function.lower(self._graph, sampling, *arguments).compile()
+        return self._programs[at]
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _step(
-    graph: Any, state: Any, tokens: Int[Array, "1 T"], cache: Any, start: Int[Array, ""]
-) -> tuple[Float[Array, " V"], Any]:
-    """Logits behind the last token, and the cache with all tokens in it."""
-    logits, cache = nnx.merge(graph, state)(tokens, cache, start)
-    return logits[0, -1].astype(jnp.float32), cache
+def prefill(
+    graph: Any,
+    sampling: Sampling,
+    state: Any,
+    tokens: Int[Array, "B T"],
+    cache: Any,
+    lengths: Int[Array, " B"],
+    key: Array,
+) -> tuple[Int[Array, " B"], Any, Int[Array, " B"]]:
+    """(each row's next token, the cache with the prompts in it, the position of that token)."""
+    logits, cache = nnx.merge(graph, state)(tokens, cache, last=lengths - 1)
+    return sample(logits[:, 0], sampling, key, lengths), cache, lengths
 
 
-@partial(jax.jit, static_argnames=("temperature", "top_p"))
-def _sample(logits: Float[Array, " V"], key: Array, *, temperature: float, top_p: float) -> Int[Array, ""]:
-    if temperature == 0:
-        return jnp.argmax(logits)
-    logits = logits / temperature
-    if top_p < 1:
-        order = jnp.argsort(-logits)
-        ranked = jax.nn.softmax(logits[order])
-        # a token stays while the likelier ones before it have not reached top_p: the first always does
-        keep = jnp.cumsum(ranked) - ranked < top_p
-        logits = logits.at[order].set(jnp.where(keep, logits[order], -jnp.inf))
-    return jax.random.categorical(key, logits)
+def step(
+    graph: Any, sampling: Sampling, state: Any, token: Int[Array, " B"], cache: Any, position: Int[Array, " B"], key: Array
+) -> tuple[Int[Array, " B"], Any, Int[Array, " B"]]:
+    """The same for one more token of each row, which is at ``position``. Rows that ended go on in the last slot."""
+    logits, cache = nnx.merge(graph, state)(token[:, None], cache, position)
+    position = jnp.minimum(position + 1, cache[0].length - 1)
+    return sample(logits[:, 0], sampling, key, position), cache, position
+
+
+_prefill = jax.jit(prefill, static_argnums=(0, 1), donate_argnums=4)
+_step = jax.jit(step, static_argnums=(0, 1), donate_argnums=4)
+
+
+def sample(
+    logits: Float[Array, "B V"], sampling: Sampling, key: Array, position: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """A token for each row; random numbers depend on the row and the position."""
+    logits = logits.astype(jnp.float32)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_p < 1:
+        logits = jnp.where(_likeliest(logits, sampling.top_p), logits, -jnp.inf)
+    keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(
+        jnp.arange(len(logits)), position
+    )
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _likeliest(logits: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
+    """Which tokens stay: those whose likelier ones have not reached ``top_p`` together, the first always."""
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    keep = jnp.cumsum(ranked, axis=-1) - ranked < top_p
+    return jax.vmap(lambda stays, at: jnp.zeros_like(stays).at[at].set(stays))(keep, order)
+
+
+def _rounded_up(size: int) -> int:
+    return -(-size // _MULTIPLE) * _MULTIPLE

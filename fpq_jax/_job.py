@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -15,7 +14,6 @@ from fpq_jax._checkpoint import is_quantized_dir, resolve_model, stored_bytes
 from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
-from fpq_jax._linear import expand_all
 from fpq_jax._perplexity import Perplexity, perplexity
 from fpq_jax._pipeline import LinearResult, linears, quantize_checkpoint
 from fpq_jax._recipe import Recipe
@@ -31,7 +29,7 @@ from fpq_jax._text import (
     window_length,
 )
 from fpq_jax._tree import Flat
-from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint
+from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint, prepare
 
 
 def default_calibration(model: str | None) -> str:
@@ -122,8 +120,7 @@ class Job:
 
     def perplexities(self, params: Flat, which: str) -> dict[str, Perplexity]:
         """Perplexity of the model with these parameters on each evaluation text."""
-        arrays = expand_all(jax.tree.map(jnp.asarray, params))
-        model = build_model(self.checkpoint.model_class, self.checkpoint.model_config, arrays)
+        model = prepare(build_model(self.checkpoint.model_class, self.checkpoint.model_config, params))
         values = {}
         for spec, windows in self.evaluation.items():
             with progress(f"{which}: perplexity on {spec}", len(windows)) as advance:

@@ -1,7 +1,7 @@
 """How a quantized weight meets its input: the one place that decides it.
 
 - "fp8", FP8 codes on both sides (one scale a row, M1 or M2): one ``dot_general`` in FP8 over the full K with float32
-  accumulation;
+  accumulation. Every dimension is padded with zeros to a multiple of 16, without which a GPU has no FP8 product;
 - "int8", integer codes on both sides, one scale a row: one int8 x int8 ``dot_general`` with int32 accumulation;
 - "codes", any other pair, one scale a row, M1 or M2: the codes, which bfloat16 holds exactly, multiplied in it with
   float32 accumulation;
@@ -13,20 +13,22 @@ bfloat16 but do not fit int8: with int8 codes c and m that lack a and b, the pro
 sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from fpq_jax._errors import FpqError
-from fpq_jax._formats import Format, IntFormat, decode, encode, unpack
-from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand
-from fpq_jax._scales import Scale, range_scale
+from fpq_jax._activations import QuantizedTokens, fake_quantize_tokens, tokens_for
+from fpq_jax._formats import Format, IntFormat, decode, unpack
+from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, pad_to
+from fpq_jax._scales import Scale
 
 ProductKind = Literal["fp8", "int8", "codes", "dequantized", "weight_only"]
+FP8_MULTIPLE = 16  # what FP8 products of a GPU want of every dimension
 _LARGEST_INT32 = 2**31 - 1
 
 
@@ -43,14 +45,6 @@ def product_kind(q: QTensor) -> ProductKind:
     return "codes" if one_scale else "dequantized"
 
 
-def expand_all(tree: Any) -> Any:
-    """The pytree with every QTensor expanded to FP8 whose product is of its expanded codes; the others as they are."""
-    wanted = lambda leaf: isinstance(leaf, QTensor) and leaf.has_fp8_form and product_kind(leaf) != "int8"
-    return jax.tree.map(
-        lambda leaf: expand(leaf) if wanted(leaf) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor)
-    )
-
-
 @dataclass(frozen=True)
 class Observed:
     """A kernel that is still an array, seen by calibration: the product is taken with the activations quantized as
@@ -63,71 +57,49 @@ class Observed:
     fixed: Scale | None = None
 
 
-class QuantizedTokens(NamedTuple):
-    """codes [..., in] of activations, and what makes numbers of them: (values - zero) * scale.
-
-    scale: float32 [..., 1], or [1] if static. zero: uint8, shaped alike, for asymmetric integers, otherwise None.
-    """
-
-    codes: Any
-    scale: Any
-    zero: Any
-
-
 def linear(
     x: Float[Array, "*batch in"],
     kernel: Float[Array, "in out"] | QTensor | Observed,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor."""
-    if isinstance(kernel, QTensor):
-        return _quantized_linear(x, kernel, bias)
-    if isinstance(kernel, Observed):
-        seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation, kernel.fixed)
-        kernel.record(x, seen)
-        y = seen @ kernel.kernel
-    else:
-        y = x @ kernel
-    return y if bias is None else y + bias
+    return linears(x, [(kernel, bias)])[0]
 
 
-def quantize_tokens(x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None) -> QuantizedTokens:
-    """Codes of ``x`` and one scale per token (absmax / format max; 1 for a token of zeros), or the ``fixed`` one."""
-    scale = _token_scale(x, fmt) if fixed is None else fixed
-    codes = encode(scale.divided(x.astype(jnp.float32), fmt), fmt)
-    return QuantizedTokens(codes, scale.scale, scale.zero.astype(jnp.uint8) if fmt.asymmetric else None)
+def linears(x: Float[Array, "*batch in"], weights: Sequence[tuple[Any, Any]]) -> list[Array]:
+    """``linear`` of one input with several (kernel, bias): the input is quantized once for all that take it alike."""
+    shared: dict[Any, QuantizedTokens] = {}
+    results = []
+    for kernel, bias in weights:
+        if not isinstance(kernel, QTensor):
+            y = _observe(x, kernel) if isinstance(kernel, Observed) else x @ kernel
+            results.append(y if bias is None else y + bias)
+            continue
+        tokens = None
+        if kernel.spec.activation is not None:
+            # static scales are each kernel's own
+            how = (kernel.spec.activation, None if kernel.input_scale is None else id(kernel))
+            tokens = shared[how] = shared[how] if how in shared else tokens_for(x, kernel)
+        results.append(_quantized_linear(x, tokens, kernel, bias))
+    return results
 
 
-def fake_quantize_tokens(
-    x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None
-) -> Float[Array, "*batch in"]:
-    """The values that ``quantize_tokens`` stands for, in the dtype of ``x``."""
-    scale = _token_scale(x, fmt) if fixed is None else fixed
-    return scale.numbers(scale.values(x.astype(jnp.float32), fmt), fmt).astype(x.dtype)
+def _observe(x: Float[Array, "*batch in"], kernel: Observed) -> Float[Array, "*batch out"]:
+    seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation, kernel.fixed)
+    kernel.record(x, seen)
+    return seen @ kernel.kernel
 
 
-def static_scale(q: QTensor) -> Scale | None:
-    """The calibrated scale of the activations that ``q`` meets, None where tokens have their own."""
-    if q.spec.activation_scale == "token":
-        return None
-    if q.input_scale is None:
-        raise FpqError("This weight's activation_scale is static, but it has no input_scale; calibration sets it.")
-    return Scale(q.input_scale, None if q.input_zero is None else q.input_zero.astype(jnp.float32))
-
-
-def _token_scale(x: Float[Array, "*batch in"], fmt: Format) -> Scale:
-    high = jnp.max(x if fmt.asymmetric else jnp.abs(x), axis=-1, keepdims=True)
-    # one reduction where one is enough
-    return range_scale(jnp.min(x, axis=-1, keepdims=True) if fmt.asymmetric else -high, high, fmt)
-
-
-def _quantized_linear(x: Float[Array, "*batch in"], q: QTensor, bias: Array | None) -> Float[Array, "*batch out"]:
-    if q.spec.activation is None:
+def _quantized_linear(
+    x: Float[Array, "*batch in"], tokens: QuantizedTokens | None, q: QTensor, bias: Array | None
+) -> Float[Array, "*batch out"]:
+    if tokens is None:
         y = jnp.matmul(x, dequantize(q, x.dtype, low_rank=False), preferred_element_type=jnp.float32)
     else:
-        y = _product(quantize_tokens(x, q.spec.activation, static_scale(q)), q)
+        y = _product(tokens, q)
     if q.low_rank is not None:
-        y = y + _low_rank_linear(x, q.low_rank)
+        with jax.named_scope("lorc"):
+            y = y + _low_rank_linear(x, q.low_rank)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
@@ -142,15 +114,27 @@ def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
         return _int8_product(tokens, q, contract_last)
     q = expand(q) if q.has_fp8_form else q
     if kind == "fp8":
-        x, w = tokens.codes, q.codes
+        y = _fp8_dot(tokens.codes, q.codes, q.shape[1])
     else:
         x = _bfloat16_values(tokens.codes, activation, tokens.zero)
         if kind == "dequantized":
             w = dequantize(q, jnp.bfloat16, low_rank=False).T
         else:
-            w = _bfloat16_values(_unpacked(q), q.spec.format, q.zero)
-    y = jax.lax.dot_general(x, w, contract_last, preferred_element_type=jnp.float32) * tokens.scale
+            w = _bfloat16_values(_unpacked(q), q.spec.format, q.zero)[: q.shape[1], : q.shape[0]]
+        y = jax.lax.dot_general(x, w, contract_last, preferred_element_type=jnp.float32)
+    y = y * tokens.scale
     return y if kind == "dequantized" else y * q.row_scale.T  # a product each: XLA fuses both behind the FP8 matmul
+
+
+def _fp8_dot(
+    x: Shaped[Array, "*batch in"], w: Shaped[Array, "outs ins"], out_features: int
+) -> Float[Array, "*batch out"]:
+    """x @ w.T of FP8 codes; ``w`` may be padded with zeros, and is here where it is not."""
+    w = pad_to(w, FP8_MULTIPLE, FP8_MULTIPLE)
+    rows = pad_to(x.reshape(-1, x.shape[-1]), FP8_MULTIPLE, w.shape[1])
+    y = jax.lax.dot_general(rows, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    *batch, _ = x.shape
+    return y[: math.prod(batch), :out_features].reshape(*batch, out_features)
 
 
 def _int8_product(tokens: QuantizedTokens, q: QTensor, contract_last: Any) -> Float[Array, "*batch out"]:
@@ -186,9 +170,13 @@ def _bfloat16_values(codes: Shaped[Array, "..."], fmt: Format, zero: Array | Non
 
 
 def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:
-    """(x A) B with bfloat16 operands and float32 accumulation; int8 codes are exact in bfloat16, their scale is not."""
-    matmul = lambda left, right: jnp.matmul(
-        left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), preferred_element_type=jnp.float32
-    )
-    inner = matmul(x, low_rank.a)
-    return matmul(inner if low_rank.scale is None else inner * low_rank.scale, low_rank.b)
+    """(x A) B with bfloat16 operands and float32 accumulation; int8 codes are exact in bfloat16, their scale is not.
+
+    The result is bfloat16 where ``x`` is: the correction is small, and XLA then adds it in the epilogue.
+    """
+    bf16 = jnp.bfloat16
+    matmul = lambda left, right, out: jnp.matmul(left.astype(bf16), right.astype(bf16), preferred_element_type=out)
+    inner = matmul(x, low_rank.a, bf16 if low_rank.scale is None else jnp.float32)
+    if low_rank.scale is not None:
+        inner = inner * low_rank.scale
+    return matmul(inner, low_rank.b, bf16 if x.dtype == bf16 else jnp.float32)

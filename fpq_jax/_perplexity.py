@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
@@ -38,12 +39,21 @@ def batch_size(num_windows: int, length: int) -> int:
     return max(1, min(num_windows, _TOKENS_PER_BATCH // length))
 
 
-def perplexity(model: Any, windows: Int[np.ndarray, "N L"], advance: Callable[[int], None] | None = None) -> Perplexity:
-    """Perplexity of ``model(tokens) -> logits`` on ``windows``; ``advance`` is told how many windows are done."""
+def perplexity(
+    model: Any,
+    windows: Int[np.ndarray, "N L"],
+    advance: Callable[[int], None] | None = None,
+    *,
+    cache_dtype: DTypeLike | None = None,
+) -> Perplexity:
+    """Perplexity of ``model(tokens) -> logits`` on ``windows``; ``advance`` is told how many windows are done.
+
+    With ``cache_dtype`` keys and values are what a cache of that dtype gives back, as in generation.
+    """
     graph, state = nnx.split(model)
     total, tokens = 0.0, 0
     for batch, real in batches(windows, batch_size(*windows.shape)):
-        losses = np.asarray(_token_losses(graph, state, jnp.asarray(batch)))[:real]
+        losses = np.asarray(_token_losses(graph, cache_dtype, state, jnp.asarray(batch)))[:real]
         total += float(losses.sum(dtype=np.float64))
         tokens += losses.size
         if advance is not None:
@@ -53,9 +63,16 @@ def perplexity(model: Any, windows: Int[np.ndarray, "N L"], advance: Callable[[i
     return Perplexity(math.exp(total / tokens), tokens)
 
 
-@partial(jax.jit, static_argnums=0)
-def _token_losses(graph: Any, state: Any, tokens: Int[Array, "B L"]) -> Float[Array, "B L-1"]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _token_losses(
+    graph: Any, cache_dtype: DTypeLike | None, state: Any, tokens: Int[Array, "B L"]
+) -> Float[Array, "B L-1"]:
     """Negative log-likelihood of each token but the first, in float32."""
-    logits = nnx.merge(graph, state)(tokens)[:, :-1].astype(jnp.float32)
+    model = nnx.merge(graph, state)
+    if cache_dtype is None:
+        logits = model(tokens)
+    else:
+        logits, _ = model(tokens, model.init_cache(*tokens.shape, cache_dtype))
+    logits = logits[:, :-1].astype(jnp.float32)
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked

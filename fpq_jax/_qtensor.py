@@ -40,7 +40,8 @@ class LowRank:
 class QTensor:
     """A quantized weight of logical shape [in, out]; a pytree of arrays whose ``spec`` and ``shape`` are static.
 
-    codes: float8, int8 or uint8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)].
+    codes: float8, int8 or uint8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)]. Float8 ones may be
+        padded with zeros (see ``_residency``); ``shape`` is what counts.
     row_scale: float32 [out, 1] ([1, 1] for one scale per tensor); None when every group has a free scale of its own.
     exponents: int8 [out, groups] under M1 and M2: a group's scale is row_scale * 2**exponent.
     group_scale: float32 [out, groups]: free scales of several groups.
@@ -122,9 +123,9 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = T
     """
     if q.codes.ndim > 2:
         return jax.vmap(lambda one: dequantize(one, dtype, low_rank=low_rank))(q)
-    in_features, _ = q.shape
+    in_features, out_features = q.shape
     codes = unpack(q.codes, in_features) if q.spec.format.packed else q.codes
-    w = decode(codes, q.spec.format)
+    w = decode(codes, q.spec.format)[:out_features, :in_features]
     if q.zero is not None:
         w = w - _per_weight(q.zero, q)
     w = (w * _per_weight(_scales(q), q)).T
@@ -175,7 +176,8 @@ def expand(q: QTensor) -> QTensor:
         return replace(q, codes=decode(codes, fmt, jnp.float8_e4m3fn), spec=spec)
     low, high = fmt.exact_shifts
     if not isinstance(q.exponents, jax.core.Tracer) and q.exponents.size:
-        found = int(q.exponents.min()), int(q.exponents.max())
+        with jax.ensure_compile_time_eval():  # they may be constants of a function that is being traced
+            found = int(jnp.min(q.exponents)), int(jnp.max(q.exponents))
         if found[0] < low or found[1] > high:
             raise FpqError(
                 f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {fmt} expands exactly."
@@ -185,3 +187,9 @@ def expand(q: QTensor) -> QTensor:
     table = shifted.astype(jnp.float8_e4m3fn)
     index = _per_weight((q.exponents - low).astype(jnp.uint8), q) * 16 + codes
     return replace(q, codes=jnp.asarray(table.ravel())[index], exponents=None, spec=spec)
+
+
+def pad_to(codes: Shaped[Array, "out in"], rows: int, columns: int) -> Shaped[Array, "outs ins"]:
+    """Zeros behind the last row and column, up to multiples of ``rows`` and ``columns``."""
+    more = [(0, -size % multiple) for size, multiple in zip(codes.shape, (rows, columns), strict=True)]
+    return jnp.pad(codes, more) if any(after for _, after in more) else codes

@@ -10,8 +10,10 @@ from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model
 from fpq_jax._console import console, progress, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._generation import KvCache, cache_dtype
 from fpq_jax._perplexity import perplexity
-from fpq_jax._report import VERSION, environment, shortened, write_report
+from fpq_jax._report import VERSION, environment, shortened, size_text, weight_bytes, write_report
+from fpq_jax._residency import Residency
 from fpq_jax._text import (
     Windows,
     calibration_text,
@@ -38,6 +40,10 @@ class Options:
     """Only the first so many windows."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default as stored."""
+    expand: Residency = "load"
+    """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers."""
+    kv_cache: KvCache = "model"
+    """Keys and values as the model computes them, or rounded as an FP8 cache would (float8)."""
     report: Path | None = None
     """JSON file for the result."""
 
@@ -51,20 +57,25 @@ def main(options: Options) -> None:
     check_at_least(2, seq_len=options.seq_len)
     folder = resolve_model(options.model)
     quantized = is_quantized_dir(folder)
-    model = load(folder, dtype=options.dtype, expanded=True)
+    model = load(folder, dtype=options.dtype, expand=options.expand)
+    dtype = None if options.kv_cache == "model" else cache_dtype(model, options.kv_cache)
     texts = _texts(options, folder, quantized, model.config)
+    console.print(f"{size_text(weight_bytes(model))} of weights in memory")
     rows = {}
     which = "quantized" if quantized else "original"
     console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
     for spec, windows in texts.items():
         with progress(f"perplexity on {spec}", len(windows)) as advance:
-            measured = perplexity(model, windows, advance)
+            measured = perplexity(model, windows, advance, cache_dtype=dtype)
         rows[spec] = {which: measured.value, "tokens": measured.tokens}
         console.print(f"{shortened(spec)} {measured.value:>10.4f} {measured.tokens:>10,}", markup=False)
     if options.report is not None:
         report = {
             "version": VERSION,
             "model": "demo" if options.model is None else options.model,
+            "expand": options.expand,
+            "kv_cache": options.kv_cache,
+            "weight_bytes": weight_bytes(model),
             "perplexity": rows,
             "seconds": round(time.perf_counter() - began, 2),
             **environment(),

@@ -1,4 +1,4 @@
-"""Continue a text: python -m fpq_jax.generate --model DIR --prompt TEXT."""
+"""Continue texts: python -m fpq_jax.generate --model DIR --prompt TEXT."""
 
 import json
 from dataclasses import dataclass
@@ -8,30 +8,38 @@ from typing import Any
 from fpq_jax._checkpoint import load, resolve_model
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
-from fpq_jax._generation import generate
+from fpq_jax._generation import Generator, KvCache
+from fpq_jax._report import size_text, weight_bytes
+from fpq_jax._residency import Residency
 from fpq_jax._text import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Continue a prompt."""
+    """Continue one prompt or several."""
 
-    prompt: str
-    """Text to continue."""
+    prompt: tuple[str, ...]
+    """Texts to continue, all at once."""
     model: str | None = None
     """Directory that quantize wrote, Hugging Face folder, hub id, demo-llama or demo-opt; left out, demo-llama."""
     max_new_tokens: int = 64
-    """Tokens to add at most."""
+    """Tokens to add to each at most."""
     temperature: float = 0.0
     """0 takes the likeliest token; higher is more random."""
     top_p: float = 1.0
     """Sample among the likeliest tokens of this total probability."""
     seed: int = 0
     """Of the sampling."""
+    expand: Residency = "load"
+    """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): half the memory."""
+    kv_cache: KvCache = "model"
+    """Keys and values as the model computes them, or in FP8 (float8): half the memory of 16 bits."""
 
 
 def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
+    if not options.prompt:
+        raise FpqError("There is no --prompt; give some text.")
     if options.max_new_tokens < 1:
         raise FpqError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
     if options.temperature < 0:
@@ -39,40 +47,61 @@ def main(options: Options) -> None:
     if not 0 < options.top_p <= 1:
         raise FpqError(f"--top-p is {options.top_p}; it must be above 0 and at most 1.")
     folder = resolve_model(options.model)
-    model = load(folder, expanded=True)
+    model = load(folder, expand=options.expand)
     tokenizer = load_tokenizer(folder)
-    prompt = list(tokenizer(options.prompt)["input_ids"])
-    new: list[int] = []
-    shown = tokenizer.decode(prompt, skip_special_tokens=True)
-    console.print(shown, end="", markup=False)
-
-    def show(token: int | None) -> None:
-        # decoded whole each time: a character may span tokens, a token's spaces depend on what stands before it
-        nonlocal shown
-        if token is not None:
-            new.append(token)
-        text = tokenizer.decode(prompt + new, skip_special_tokens=True)
-        if token is None or not text.endswith("\ufffd"):
-            console.print(text[len(shown) :], end="", markup=False)
-            shown = text
-
-    result = generate(
-        model,
-        prompt,
+    shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])
+    result = Generator(model, kv_cache=options.kv_cache)(
+        shown.prompts,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         stop=_stop_tokens(folder, tokenizer),
         seed=options.seed,
-        on_token=show,
+        on_token=shown.add,
     )
-    show(None)
-    console.print()
-    speed = f"{result.decode_steps / result.decode_seconds:.1f} tokens/s" if result.decode_steps else "no further step"
+    shown.finish()
+    prompt_tokens, new_tokens = (sum(map(len, rows)) for rows in (shown.prompts, result.tokens))
+    steps, seconds = result.decode_steps, result.decode_seconds
+    speed = f"{steps * len(options.prompt) / seconds:.1f} tokens/s" if steps else "no further step"
     console.print(
-        f"\n{len(prompt)} prompt tokens in {result.prefill_seconds:.2f} s, {len(result.tokens)} new tokens: {speed}",
+        f"\n{prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {new_tokens} new tokens: {speed}; "
+        f"{size_text(weight_bytes(model))} of weights, {size_text(result.cache_bytes)} of key-value cache",
         markup=False,
     )
+
+
+class _Shown:
+    """Prints prompts and what is added to them: one as it comes, of several each when all are there."""
+
+    def __init__(self, tokenizer: Any, prompts: list[list[int]]):
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.text = ""
+        if len(prompts) == 1:
+            self._print_more(self._decoded(0))
+
+    def add(self, row: int, token: int) -> None:
+        self.new[row].append(token)
+        if len(self.prompts) == 1:
+            # decoded whole each time: a character may span tokens, a token's spaces depend on what stands before it
+            text = self._decoded(0)
+            if not text.endswith("\ufffd"):
+                self._print_more(text)
+
+    def finish(self) -> None:
+        if len(self.prompts) == 1:
+            self._print_more(self._decoded(0))
+            console.print()
+            return
+        for row in range(len(self.prompts)):
+            console.print(self._decoded(row) + ("\n" if row + 1 < len(self.prompts) else ""), markup=False)
+
+    def _decoded(self, row: int) -> str:
+        return self.tokenizer.decode(self.prompts[row] + self.new[row], skip_special_tokens=True)
+
+    def _print_more(self, text: str) -> None:
+        console.print(text[len(self.text) :], end="", markup=False)
+        self.text = text
 
 
 def _stop_tokens(folder: Path, tokenizer: Any) -> set[int]:

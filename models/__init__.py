@@ -14,6 +14,7 @@ from fpq_jax.models._convert import (
     with_params,
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
+from fpq_jax.models._prepare import is_prepared, prepare
 from fpq_jax.models.llama import Llama, LlamaConfig
 from fpq_jax.models.opt import Opt, OptConfig
 
@@ -44,10 +45,12 @@ __all__ = [
     "OptConfig",
     "abstract_model",
     "build_model",
+    "is_prepared",
     "linear_name",
     "model_class_of",
     "open_checkpoint",
     "params_of",
+    "prepare",
     "read_config",
     "to_hf_config",
     "to_hf_tensors",

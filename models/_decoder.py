@@ -4,9 +4,11 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from fpq_jax.models._layers import Embedding, LayerCache
+from fpq_jax.models._cache import LayerCache
+from fpq_jax.models._layers import Embedding, pad_rows
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +27,7 @@ class Decoder(nnx.Module):
     Config: Any
 
     config: Any
+    decode_rows = 1  # rows of hidden states in a decode step are padded to a multiple of this, once for all Linears
     embed_tokens: Embedding
     layers: nnx.List[Any]
 
@@ -37,23 +40,34 @@ class Decoder(nnx.Module):
         """The last layer's output to logits."""
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:
-        """An empty key-value cache for ``length`` tokens."""
+        """An empty key-value cache for ``length`` tokens; dtype float8_e4m3fn holds codes and scales."""
         shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
         return [LayerCache.zeros(*shape, dtype) for _ in range(self.config.num_hidden_layers)]
 
     def __call__(
-        self, tokens: Int[Array, "B T"], cache: Sequence[LayerCache] | None = None, start: Int[Array, ""] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Sequence[LayerCache] | None = None,
+        start: Int[Array, "*B"] | None = None,
+        last: Int[Array, " B"] | None = None,
     ) -> Any:
-        """Logits [B, T, V]; with a cache, (logits, new cache) for tokens at positions start, start + 1, ...."""
-        offset = 0 if start is None else start
-        positions = jnp.broadcast_to(offset + jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = None
-        if cache is not None:
-            mask = jnp.arange(cache[0].key.shape[1])[None, None, None, :] <= positions[:, None, :, None]
+        """Logits [B, T, V]; with a cache, (logits, new cache).
+
+        start: position of each row's first token, or of all rows'; None for a cache that is empty. last: index of the
+        one token in each row whose logits are wanted; they are [B, 1, V] then.
+        """
+        offset = jnp.int32(0) if start is None else jnp.asarray(start)
+        positions = jnp.broadcast_to(offset[..., None] + jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embed(tokens, positions)
+        if cache is not None and tokens.shape[1] == 1:
+            x = pad_rows(x, len(x) + -len(x) % self.decode_rows)
         new_cache = []
         for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, positions, mask, None if cache is None else cache[i], start)
+            x, layer_cache = layer(x, positions, None if cache is None else cache[i], start is None)
             new_cache.append(layer_cache)
-        logits = self.head(x)
+        x = x[: len(tokens)]
+        if last is not None:
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        with jax.named_scope("head"):
+            logits = self.head(x)
         return logits if cache is None else (logits, new_cache)

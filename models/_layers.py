@@ -1,18 +1,18 @@
-"""Building blocks that every decoder shares: Linear, norms, embedding, rotary positions, cached attention.
+"""Building blocks that every decoder shares: Linear, norms, embedding, rotary positions.
 
-Shapes use B (batch), T (tokens), S (keys), D (hidden size), H (query heads), K (key-value heads), C (head size).
+Shapes use B (batch), T (tokens), D (hidden size), H (heads), C (head size).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from fpq_jax._linear import linear
+from fpq_jax._linear import linear, linears
 
 _INIT_STDDEV = 0.02
 
@@ -25,8 +25,43 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
 
+    @property
+    def weights(self) -> tuple[Any, Any]:
+        """(kernel, bias or None)."""
+        return self.kernel.get_value(), None if self.bias is None else self.bias.get_value()
+
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())
+        return linear(x, *self.weights)
+
+
+class MergedLinear(nnx.Module):
+    """Several Linears of one input as one: kernel [in, sum of sizes]; called, it gives each one's output."""
+
+    def __init__(self, kernel: Any, bias: Any, sizes: tuple[int, ...]):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.sizes = sizes
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> list[Float[Array, "*batch out"]]:
+        y = linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())
+        ends = np.cumsum(self.sizes)
+        return [y[..., end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
+
+
+class Block(nnx.Module):
+    """Base of what has Linears of one input. MERGED: attribute for a MergedLinear -> the Linears that it replaces.
+
+    The attribute is None, and the Linears are there, until ``prepare`` merges them.
+    """
+
+    MERGED: ClassVar[dict[str, tuple[str, ...]]]
+
+    def project(self, x: Float[Array, "*batch in"], name: str) -> list[Float[Array, "*batch out"]]:
+        """The output of each Linear of MERGED[name], merged or not."""
+        merged = getattr(self, name)
+        if merged is not None:
+            return merged(x)
+        return linears(x, [getattr(self, part).weights for part in self.MERGED[name]])
 
 
 class RMSNorm(nnx.Module):
@@ -82,30 +117,11 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer, [B, S, K, C]; slots not yet written hold zeros and are masked."""
-
-    key: Any
-    value: Any
-
-    @classmethod
-    def zeros(cls, batch: int, length: int, heads: int, head_dim: int, dtype: DTypeLike) -> "LayerCache":
-        return cls(*(jnp.zeros((batch, length, heads, head_dim), dtype) for _ in range(2)))
-
-    def write(self, key: Array, value: Array, start: Int[Array, ""]) -> "LayerCache":
-        """Put T new keys and values behind the first ``start`` slots."""
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-        return LayerCache(put(self.key, key), put(self.value, value))
+def split_heads(x: Float[Array, "R T D"], head_dim: int, batch: int) -> Float[Array, "B T H C"]:
+    """The heads of the first ``batch`` rows; what is behind them is padding (see ``pad_rows``)."""
+    return x[:batch].reshape(batch, x.shape[1], -1, head_dim)
 
 
-def attend(
-    query: Float[Array, "B T H C"],
-    key: Float[Array, "B S K C"],
-    value: Float[Array, "B S K C"],
-    mask: Bool[Array, "B 1 T S"] | None,
-) -> Float[Array, "B T D"]:
-    """Grouped-query attention, softmax in float32; ``mask`` None means causal."""
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
-    return out.reshape(*out.shape[:2], -1)
+def pad_rows(x: Float[Array, "B T D"], rows: int) -> Float[Array, "R T D"]:
+    """Zeros behind the last row, up to ``rows``."""
+    return jnp.pad(x, ((0, rows - len(x)), (0, 0), (0, 0))) if rows > len(x) else x

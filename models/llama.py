@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from fpq_jax.models._cache import attend
 from fpq_jax.models._convert import check_counts
 from fpq_jax.models._decoder import Decoder
-from fpq_jax.models._layers import Embedding, Linear, RMSNorm, attend, rotate
+from fpq_jax.models._layers import Block, Embedding, Linear, RMSNorm, pad_rows, rotate, split_heads
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -116,8 +118,10 @@ def _llama3_frequencies(frequencies: np.ndarray, factor: float, low: float, high
     return ((1 - keep) * frequencies / factor + keep * frequencies).astype(np.float32)
 
 
-class Attention(nnx.Module):
+class Attention(Block):
     """Grouped-query attention with rotary positions."""
+
+    MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -127,31 +131,37 @@ class Attention(nnx.Module):
         self.q_proj = Linear(config.hidden_size, query, **options)
         self.k_proj = Linear(config.hidden_size, kv, **options)
         self.v_proj = Linear(config.hidden_size, kv, **options)
+        self.qkv_proj = None
         self.o_proj = Linear(query, config.hidden_size, **options)
+        self.implementation = "xla"
 
-    def __call__(self, x, positions, mask, cache, start):
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        frequencies = jnp.asarray(self.frequencies, jnp.float32)
-        query = rotate(heads(self.q_proj(x)), positions, frequencies)
-        key = rotate(heads(self.k_proj(x)), positions, frequencies)
-        value = heads(self.v_proj(x))
-        if cache is not None:
-            cache = cache.write(key, value, start)
-            key, value = cache.key.astype(x.dtype), cache.value.astype(x.dtype)
-        return self.o_proj(attend(query, key, value, mask)), cache
+    def __call__(self, x, positions, cache, fresh):
+        projected = self.project(x, "qkv_proj")
+        query, key, value = (split_heads(y, self.head_dim, len(positions)) for y in projected)
+        with jax.named_scope("attention"):
+            frequencies = jnp.asarray(self.frequencies, jnp.float32)
+            query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
+            attention, cache = attend(
+                query, key, value, positions, cache, fresh=fresh, implementation=self.implementation
+            )
+        return self.o_proj(pad_rows(attention, len(x))), cache
 
 
-class MLP(nnx.Module):
+class MLP(Block):
     """The gated feed-forward network (SwiGLU)."""
+
+    MERGED = {"gate_up_proj": ("gate_proj", "up_proj")}
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         options: Any = dict(use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **options)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **options)
+        self.gate_up_proj = None
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **options)
 
     def __call__(self, x):
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x, "gate_up_proj")
+        return self.down_proj(nnx.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -163,8 +173,8 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, positions, mask=None, cache=None, start=None):
-        attention, cache = self.self_attn(self.input_layernorm(x), positions, mask, cache, start)
+    def __call__(self, x, positions, cache=None, fresh=False):
+        attention, cache = self.self_attn(self.input_layernorm(x), positions, cache, fresh)
         x = x + attention
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 from flax import nnx
+from fpq_jax.models._cache import attend
 from fpq_jax.models._convert import check_counts
 from fpq_jax.models._decoder import Decoder
-from fpq_jax.models._layers import Embedding, LayerNorm, Linear, attend
+from fpq_jax.models._layers import Block, Embedding, LayerNorm, Linear, pad_rows, split_heads
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -97,8 +99,10 @@ class OptConfig:
         return max(8, self.hidden_size // _LORC_SHARE)
 
 
-class Attention(nnx.Module):
+class Attention(Block):
     """Multi-head attention with biases and without rotary positions."""
+
+    MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: OptConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -106,15 +110,18 @@ class Attention(nnx.Module):
         self.q_proj = Linear(config.hidden_size, config.hidden_size, **options)
         self.k_proj = Linear(config.hidden_size, config.hidden_size, **options)
         self.v_proj = Linear(config.hidden_size, config.hidden_size, **options)
+        self.qkv_proj = None
         self.out_proj = Linear(config.hidden_size, config.hidden_size, **options)
+        self.implementation = "xla"
 
-    def __call__(self, x, mask, cache, start):
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        query, key, value = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        if cache is not None:
-            cache = cache.write(key, value, start)
-            key, value = cache.key.astype(x.dtype), cache.value.astype(x.dtype)
-        return self.out_proj(attend(query, key, value, mask)), cache
+    def __call__(self, x, positions, cache, fresh):
+        projected = self.project(x, "qkv_proj")
+        query, key, value = (split_heads(y, self.head_dim, len(positions)) for y in projected)
+        with jax.named_scope("attention"):
+            attention, cache = attend(
+                query, key, value, positions, cache, fresh=fresh, implementation=self.implementation
+            )
+        return self.out_proj(pad_rows(attention, len(x))), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -131,10 +138,10 @@ class DecoderLayer(nnx.Module):
         self.fc1 = Linear(config.hidden_size, config.ffn_dim, **options)
         self.fc2 = Linear(config.ffn_dim, config.hidden_size, **options)
 
-    def __call__(self, x, positions, mask=None, cache=None, start=None):
+    def __call__(self, x, positions, cache=None, fresh=False):
         before = lambda norm, y: norm(y) if self.norm_before else y
         behind = lambda norm, y: y if self.norm_before else norm(y)
-        attention, cache = self.self_attn(before(self.self_attn_layer_norm, x), mask, cache, start)
+        attention, cache = self.self_attn(before(self.self_attn_layer_norm, x), positions, cache, fresh)
         x = behind(self.self_attn_layer_norm, x + attention)
         inner = _ACTIVATIONS[self.activation](self.fc1(before(self.final_layer_norm, x)))
         return behind(self.final_layer_norm, x + self.fc2(inner)), cache

@@ -19,4 +19,4 @@ def test_logits_are_the_head_of_the_layers_of_the_embedding(request, folder, hea
     np.testing.assert_array_equal(model(tokens), model.head(x))
     cache = model.init_cache(3, 7, jnp.bfloat16)
     assert isinstance(model, Decoder) and len(cache) == 2
-    assert {part.shape for layer in cache for part in (layer.key, layer.value)} == {(3, 7, heads, 12)}
+    assert {part.shape for layer in cache for part in (layer.key, layer.value)} == {(3, heads, 7, 12)}

@@ -3,44 +3,108 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpq_jax import FpqError, load
-from fpq_jax._generation import _sample, generate
+from fpq_jax import FpqError, Generator, QuantSpec, load, lorc, prepare, quantize_array
+from fpq_jax._generation import Sampling, sample
+from fpq_jax.models import params_of, with_params
 
 PROMPT = [256, 5, 9, 77]
+PROMPTS = [PROMPT, [256, 8], [256, *range(40)], [256, 1, 2, 3, 4, 5, 6]]
 
 
-def test_greedy_equals_the_whole_forward_at_every_step(tiny_llama):
+def generate(model, prompt, **options):
+    return Generator(model)([prompt], **options).tokens[0]
+
+
+def quantized(model, **changes):
+    spec = QuantSpec(**({"group_size": 32, "constraint": "m2"} | changes))
+    small = lambda w: lorc(w, quantize_array(w, spec), rank=2)
+    params = params_of(model).items()
+    return with_params(model, {p: small(v) if p.startswith("layers.") and p.endswith("kernel") else v for p, v in params})
+
+
+@pytest.mark.parametrize("folder", ["tiny_llama", "tiny_opt"])
+@pytest.mark.parametrize("expand", [None, "load", "step"])
+def test_greedy_rows_of_a_batch_equal_whole_forwards_one_by_one(request, folder, expand):
+    model = load(request.getfixturevalue(folder))
+    if expand is not None:
+        model = prepare(quantized(model), expand)
+    heard = {row: [] for row in range(len(PROMPTS))}
+    generator = Generator(model)
+    result = generator(PROMPTS, max_new_tokens=8, on_token=lambda row, token: heard[row].append(token))
+    assert list(heard.values()) == result.tokens
+    whole = jax.jit(lambda t: model(t))
+    for prompt, new in zip(PROMPTS, result.tokens, strict=True):
+        tokens = list(prompt)
+        for token in new:
+            logits = whole(jnp.asarray([tokens + [0] * (64 - len(tokens))]))[0, len(tokens) - 1]
+            assert token == int(jnp.argmax(logits))
+            tokens.append(token)
+    assert generator([PROMPTS[2]], max_new_tokens=8).tokens[0] == result.tokens[2]
+    assert result.decode_steps == 7 and result.decode_seconds > 0
+    assert result.cache_bytes == 2 * 2 * 4 * 64 * {"tiny_llama": 2, "tiny_opt": 4}[folder] * 12 * 4
+
+
+def test_programs_are_compiled_once_for_shapes(tiny_llama):
+    generator = Generator(load(tiny_llama))
+    for prompts in ([PROMPT], [PROMPT[:2]], [PROMPT * 5]):
+        generator(prompts, max_new_tokens=9)
+    assert len(generator._programs) == 2
+    generator([PROMPT, PROMPT], max_new_tokens=9)
+    assert len(generator._programs) == 4
+
+
+def test_a_step_writes_the_cache_in_place_and_copies_no_weight(tiny_llama):
+    model = prepare(quantized(load(tiny_llama)), "load")
+    generator = Generator(model)
+    generator([PROMPT], max_new_tokens=3)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params_of(model)))
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(model.init_cache(1, 64, jnp.float32)))
+    for program in generator._programs.values():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes == cache
+        assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
+        assert memory.argument_size_in_bytes > weights
+
+
+def test_rows_end_at_stop_tokens_and_at_the_last_position(tiny_llama):
     model = load(tiny_llama)
-    heard = []
-    result = generate(model, PROMPT, max_new_tokens=12, on_token=heard.append)
-    tokens = list(PROMPT)
-    for _ in range(12):
-        tokens.append(int(jnp.argmax(model(jnp.asarray([tokens]))[0, -1])))
-    assert result.tokens == heard == tokens[len(PROMPT) :]
-    assert result.decode_steps == 11 and result.decode_seconds > 0
-
-
-def test_it_ends_at_stop_tokens_and_at_the_last_position(tiny_llama):
-    model = load(tiny_llama)
-    free = generate(model, PROMPT, max_new_tokens=10).tokens
+    free = generate(model, PROMPT, max_new_tokens=10)
     stop = free[4]
-    assert generate(model, PROMPT, max_new_tokens=10, stop={stop}).tokens == free[: free.index(stop)]
-    assert len(generate(model, PROMPT, max_new_tokens=1000).tokens) == 64 - len(PROMPT) + 1
-    assert len(generate(model, PROMPT, max_new_tokens=1).tokens) == 1
+    assert generate(model, PROMPT, max_new_tokens=10, stop={stop}) == free[: free.index(stop)]
+    rows = Generator(model)([PROMPT, [256, 8]], max_new_tokens=1000).tokens
+    assert [len(row) for row in rows] == [64 - 4 + 1, 64 - 2 + 1]
+    assert len(generate(model, PROMPT, max_new_tokens=1)) == 1
+    rows = Generator(model)([PROMPT, [256, 8]], max_new_tokens=10, stop={stop}).tokens
+    assert rows[0] == free[: free.index(stop)] and len(rows[1]) == 10
+
+
+def test_an_fp8_cache_is_half_of_bfloat16s_and_hardly_changes_the_logits(tiny_llama):
+    model = load(tiny_llama, dtype="bfloat16")
+    plain, small = Generator(model), Generator(model, kv_cache="float8")
+    bytes_ = [g([PROMPT], max_new_tokens=4).cache_bytes for g in (plain, small)]
+    assert bytes_[1] == bytes_[0] * (12 + 4) // (2 * 12)  # a head of 12 has a byte each, and a float32
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 30)))
+    model = load(tiny_llama)
+    whole = model(tokens)
+    logits, _ = model(tokens, model.init_cache(2, 30, jnp.float8_e4m3fn))
+    error = float(jnp.linalg.norm(logits - whole) / jnp.linalg.norm(whole))
+    assert 1e-4 < error < 0.05
 
 
 def test_sampling_follows_its_seed_and_temperature(tiny_llama):
     model = load(tiny_llama)
-    draw = lambda seed, t: generate(model, PROMPT, max_new_tokens=20, temperature=t, seed=seed).tokens
+    draw = lambda seed, t: generate(model, PROMPT, max_new_tokens=20, temperature=t, seed=seed)
     assert draw(1, 5.0) == draw(1, 5.0) != draw(2, 5.0)
-    assert draw(1, 1e-4) == generate(model, PROMPT, max_new_tokens=20).tokens
+    assert draw(1, 1e-4) == generate(model, PROMPT, max_new_tokens=20)
+    first, second = Generator(model)([PROMPT, PROMPT], max_new_tokens=20, temperature=5.0).tokens
+    assert first != second
 
 
 def test_top_p_keeps_the_likeliest_tokens_of_that_mass():
     probabilities = np.array([0.05, 0.5, 0.15, 0.3])
-    logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (4000, 4))
     draws = lambda p: np.asarray(
-        jax.vmap(lambda k: _sample(logits, k, temperature=1.0, top_p=p))(jax.random.split(jax.random.key(0), 4000))
+        sample(logits, Sampling(temperature=1.0, top_p=p), jax.random.key(0), jnp.arange(4000))
     )
     assert set(draws(0.45).tolist()) == {1}
     assert set(draws(0.75).tolist()) == {1, 3}
@@ -49,8 +113,9 @@ def test_top_p_keeps_the_likeliest_tokens_of_that_mass():
 
 
 def test_prompts_that_cannot_be_continued_are_refused(tiny_llama):
-    model = load(tiny_llama)
-    with pytest.raises(FpqError, match="no tokens"):
-        generate(model, [], max_new_tokens=3)
+    generator = Generator(load(tiny_llama))
+    for prompts in ([], [[]], [PROMPT, []]):
+        with pytest.raises(FpqError, match="no tokens"):
+            generator(prompts, max_new_tokens=3)
     with pytest.raises(FpqError, match="64 tokens; the model takes at most 63"):
-        generate(model, [5] * 64, max_new_tokens=3)
+        generator([PROMPT, [5] * 64], max_new_tokens=3)

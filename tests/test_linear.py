@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from fpq_jax import E4M3, E5M2, FpqError, QuantSpec, dequantize, linear, lorc, quantize_array, quantize_tokens
-from fpq_jax._linear import Observed, expand_all, fake_quantize_tokens, product_kind, static_scale
+from fpq_jax._activations import fake_quantize_tokens, static_scale
+from fpq_jax._linear import Observed, product_kind
+from fpq_jax._residency import resident
 from fpq_jax._scales import range_scale
 
 SPECS = {
@@ -138,10 +140,10 @@ def test_integers_meet_in_one_int8_dot_with_int32_accumulation():
 def test_expanded_weights_multiply_in_the_same_way(name):
     x, w, _ = operands()
     q = quantized(w, SPECS[name])
-    np.testing.assert_array_equal(linear(x, expand_all(q)), linear(x, q))
+    np.testing.assert_array_equal(linear(x, resident(q, "load")), linear(x, q))
     expected = {"m1": "fp8", "e5m2": "fp8", "free": "dequantized", "w8a8-int": "int8", "w8a8-int-fp": "codes",
                 "w4a8-fp-int": "codes", "w4a8-int": "dequantized", "w4a4-int-symmetric": "int8"}  # fmt: skip
-    assert product_kind(q) == product_kind(expand_all(q)) == expected.get(name, product_kind(q))
+    assert product_kind(q) == product_kind(resident(q, "load")) == expected.get(name, product_kind(q))
 
 
 def test_integer_sums_beyond_int32_are_taken_in_float32():

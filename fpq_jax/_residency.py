@@ -1,0 +1,79 @@
+"""What is done once to weights that are loaded to be multiplied: in which form they stay in memory.
+
+- "load": whatever has an FP8 form is expanded to it, a byte per weight, and padded to FP8's multiple: fastest.
+- "step": 4-bit codes stay packed, half a byte per weight, and are expanded inside each product: for models that would
+  not fit otherwise, and where many tokens share the expansion.
+
+Both are exact, so they give the same results.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fpq_jax._errors import FpqError
+from fpq_jax._linear import FP8_MULTIPLE, product_kind
+from fpq_jax._qtensor import LowRank, QTensor, expand, pad_to
+
+Residency = Literal["load", "step"]
+
+
+def check_residency(how: Any) -> None:
+    """FpqError for anything but the names above."""
+    if how not in get_args(Residency):
+        raise FpqError(f"expand is {how!r}; it must be {' or '.join(get_args(Residency))}.")
+
+
+def resident(kernel: Any, how: Residency) -> Any:
+    """A kernel in the form in which it stays in memory; arrays, and weights without an FP8 form, stay as they are."""
+    if not isinstance(kernel, QTensor):
+        return kernel
+    if how == "load" and kernel.has_fp8_form and product_kind(kernel) != "int8":
+        kernel = expand(kernel)
+    if kernel.spec.format.is_float8 and product_kind(kernel) == "fp8":
+        kernel = replace(kernel, codes=pad_to(kernel.codes, FP8_MULTIPLE, FP8_MULTIPLE))
+    return kernel
+
+
+def can_concatenate(kernels: Sequence[Any]) -> bool:
+    """Whether kernels of one input can become one, exactly: arrays of one dtype, or QTensors of one spec whose scales
+    all belong to an output row. Calibrated scales of activations are each kernel's own."""
+    if not all(isinstance(kernel, QTensor) for kernel in kernels):
+        return not any(isinstance(kernel, QTensor) for kernel in kernels) and len({k.dtype for k in kernels}) == 1
+    return (
+        len({kernel.spec for kernel in kernels}) == 1
+        and all(kernel.input_scale is None and kernel.spec.group_size != "tensor" for kernel in kernels)
+        and len({(k.low_rank.a.dtype, k.low_rank.scale is None) for k in kernels if k.low_rank is not None}) <= 1
+    )
+
+
+def concatenate(kernels: Sequence[Any]) -> Any:
+    """One kernel with the outputs of all, in order; see ``can_concatenate``. QTensors' codes must not be padded yet."""
+    if not isinstance(kernels[0], QTensor):
+        return jnp.concatenate(kernels, axis=1)
+    rows: dict[str, Any] = {}
+    for name in ("codes", "row_scale", "exponents", "group_scale", "zero"):
+        if getattr(kernels[0], name) is not None:
+            rows[name] = jnp.concatenate([getattr(kernel, name) for kernel in kernels])
+    shape = (kernels[0].shape[0], sum(kernel.shape[1] for kernel in kernels))
+    return QTensor(**rows, low_rank=_concatenate_low_rank(kernels), spec=kernels[0].spec, shape=shape)
+
+
+def _concatenate_low_rank(kernels: Sequence[QTensor]) -> LowRank | None:
+    """The factors A side by side, and the factors B as blocks on a diagonal."""
+    present = [kernel.low_rank for kernel in kernels if kernel.low_rank is not None]
+    if not present:
+        return None
+    a = jnp.concatenate([factors.a for factors in present], axis=1)
+    scale = None if present[0].scale is None else jnp.concatenate([factors.scale for factors in present])
+    b: Array = jnp.zeros((a.shape[1], sum(kernel.shape[1] for kernel in kernels)), present[0].b.dtype)
+    rank = column = 0
+    for kernel in kernels:
+        if kernel.low_rank is not None:
+            b = b.at[rank : rank + len(kernel.low_rank.b), column : column + kernel.shape[1]].set(kernel.low_rank.b)
+            rank += len(kernel.low_rank.b)
+        column += kernel.shape[1]
+    return LowRank(a, b, scale)
