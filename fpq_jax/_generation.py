@@ -150,7 +150,13 @@ def prefill(
 
 
 def step(
-    graph: Any, sampling: Sampling, state: Any, token: Int[Array, " B"], cache: Any, position: Int[Array, " B"], key: Array
+    graph: Any,
+    sampling: Sampling,
+    state: Any,
+    token: Int[Array, " B"],
+    cache: Any,
+    position: Int[Array, " B"],
+    key: Array,
 ) -> tuple[Int[Array, " B"], Any, Int[Array, " B"]]:
     """The same for one more token of each row, which is at ``position``. Rows that ended go on in the last slot."""
     logits, cache = nnx.merge(graph, state)(token[:, None], cache, position)
@@ -162,9 +168,7 @@ _prefill = jax.jit(prefill, static_argnums=(0, 1), donate_argnums=4)
 _step = jax.jit(step, static_argnums=(0, 1), donate_argnums=4)
 
 
-def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, key: Array, position: Int[Array, " B"]
-) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array, position: Int[Array, " B"]) -> Int[Array, " B"]:
     """A token for each row; random numbers depend on the row and the position."""
     logits = logits.astype(jnp.float32)
     if sampling.temperature == 0:

@@ -27,7 +27,7 @@ def check_residency(how: Any) -> None:
         raise FpqError(f"expand is {how!r}; it must be {' or '.join(get_args(Residency))}.")
 
 
-def resident(kernel: Any, how: Residency) -> Any:
+def resident(kernel: Any, how: str) -> Any:
     """A kernel in the form in which it stays in memory; arrays, and weights without an FP8 form, stay as they are."""
     if not isinstance(kernel, QTensor):
         return kernel

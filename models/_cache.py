@@ -67,9 +67,7 @@ class LayerCache:
         key, value = (n.astype(dtype).swapaxes(1, 2) for n in numbers)
         return key, value
 
-    def attention(
-        self, query: Float[Array, "B T H C"], positions: Int[Array, "B T"]
-    ) -> Float[Array, "B T H C"]:
+    def attention(self, query: Float[Array, "B T H C"], positions: Int[Array, "B T"]) -> Float[Array, "B T H C"]:
         """Attention of each query to the slots up to its position."""
         batch, tokens, heads, size = query.shape
         query = query.reshape(batch, tokens, self.key.shape[1], -1, size)

@@ -1,6 +1,6 @@
 """A model made ready to be run: Linears of one input merged, weights in the form in which they stay in memory."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,10 @@ from fpq_jax.models._layers import Block, Linear, MergedLinear
 from fpq_jax._errors import FpqError
 from fpq_jax._linear import FP8_MULTIPLE, product_kind
 from fpq_jax._qtensor import QTensor
-from fpq_jax._residency import Residency, can_concatenate, check_residency, concatenate, resident
-
-AttentionImplementation = Literal["xla", "cudnn"]
+from fpq_jax._residency import can_concatenate, check_residency, concatenate, resident
 
 
-def prepare(model: Any, expand: Residency = "load", *, attention: AttentionImplementation = "xla") -> Any:
+def prepare(model: Any, expand: str = "load", *, attention: str = "xla") -> Any:
     """A copy of a model to generate and evaluate with; it gives what the model gives, and cannot be saved.
 
     Query, key and value become one product, gate and up another, where that is exact (see

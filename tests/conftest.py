@@ -145,3 +145,46 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(" ".join(random.choices(words, k=1200)))
     return path
+
+
+@pytest.fixture(scope="session")
+def hopper_compiler() -> None:
+    """XLA's compiler for an H100. Elsewhere its tests are skipped, in CI (where CI is set) they must run."""
+    import jax
+
+    from fpq_jax import FpqError, compile_for_hopper
+
+    try:
+        compile_for_hopper(lambda x: x + 1, jax.ShapeDtypeStruct((4,), "float32"))
+    except FpqError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the hopper extra is not installed ({error})")
+
+
+def abstract_quantized(config: dict, spec, *, rank: int = 0, expand: str = "load"):
+    """A model of a configuration in bfloat16, its decoder Linears quantized, prepared; no memory is used."""
+    import jax
+    import jax.numpy as jnp
+    from fpq_jax.models import abstract_model, model_class_of, params_of, with_params
+
+    from fpq_jax import lorc, prepare, quantize_array
+
+    known = {}
+
+    def quantized(w):
+        def make(w):
+            q = quantize_array(w, spec)
+            return lorc(w, q, rank=rank) if rank else q
+
+        if w.shape not in known:
+            known[w.shape] = jax.eval_shape(make, w)
+        return known[w.shape]
+
+    model_class = model_class_of(config)
+    model = abstract_model(model_class, model_class.Config.from_hf(config), jnp.bfloat16)
+    if spec is not None:
+        chosen = lambda path: path.startswith("layers.") and path.endswith("kernel")
+        params = params_of(model)
+        model = with_params(model, {p: quantized(leaf) if chosen(p) else leaf for p, leaf in params.items()})
+    return prepare(model, expand)

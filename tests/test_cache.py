@@ -13,7 +13,9 @@ H, K, C = 4, 2, 8
 def operands(batch=2, tokens=5, seed=1):
     rng = np.random.default_rng(seed)
     shapes = ((batch, tokens, H, C), (batch, tokens, K, C), (batch, tokens, K, C))
-    return tuple(jnp.asarray(rng.standard_normal(shape) * (1 + 20 * rng.random(shape[-1])), jnp.float32) for shape in shapes)
+    return tuple(
+        jnp.asarray(rng.standard_normal(shape) * (1 + 20 * rng.random(shape[-1])), jnp.float32) for shape in shapes
+    )
 
 
 def definition(q, k, v, first):

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, Generator, QuantSpec, load, lorc, prepare, quantize_array
 from fpq_jax._generation import Sampling, sample
-from fpq_jax.models import params_of, with_params
 
 PROMPT = [256, 5, 9, 77]
 PROMPTS = [PROMPT, [256, 8], [256, *range(40)], [256, 1, 2, 3, 4, 5, 6]]
@@ -19,7 +19,9 @@ def quantized(model, **changes):
     spec = QuantSpec(**({"group_size": 32, "constraint": "m2"} | changes))
     small = lambda w: lorc(w, quantize_array(w, spec), rank=2)
     params = params_of(model).items()
-    return with_params(model, {p: small(v) if p.startswith("layers.") and p.endswith("kernel") else v for p, v in params})
+    return with_params(
+        model, {p: small(v) if p.startswith("layers.") and p.endswith("kernel") else v for p, v in params}
+    )
 
 
 @pytest.mark.parametrize("folder", ["tiny_llama", "tiny_opt"])

@@ -7,8 +7,8 @@ from conftest import TINY_CONFIG, random_tensors, write_checkpoint
 from fpq_jax.models import build_model, open_checkpoint
 
 from fpq_jax import QTensor, Recipe, dequantize, gptq
-from fpq_jax._demo import demo_model_path
 from fpq_jax._activations import fake_quantize_tokens
+from fpq_jax._demo import demo_model_path
 from fpq_jax._perplexity import perplexity
 from fpq_jax._pipeline import linears, quantize_checkpoint
 from fpq_jax._text import calibration_text, load_tokenizer
@@ -63,7 +63,9 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     positions = jnp.broadcast_to(jnp.arange(48), windows.shape)
     hidden, _ = model.layers[0](model.embed(jnp.asarray(windows), positions), positions)
     layer = model.layers[1]
-    attention, _ = layer.self_attn(layer.self_attn_layer_norm(hidden), jnp.broadcast_to(jnp.arange(48), hidden.shape[:2]), None, False)
+    attention, _ = layer.self_attn(
+        layer.self_attn_layer_norm(hidden), jnp.broadcast_to(jnp.arange(48), hidden.shape[:2]), None, False
+    )
     x = np.asarray(layer.final_layer_norm(hidden + attention))
     q = params["layers.1.fc1.kernel"]
     np.testing.assert_allclose(q.input_scale, [(x.max() - x.min()) / 255], rtol=1e-4)

@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fpq_jax.models import abstract_model, is_prepared, params_of, with_params
+
+from fpq_jax import FpqError, QuantSpec, load, lorc, prepare, quantize_array, save
+
+M2 = QuantSpec(group_size=32, constraint="m2")
+
+
+def quantized(model, spec=M2, only="", rank=2):
+    params = params_of(model)
+    for path, w in params.items():
+        if path.startswith("layers.") and path.endswith("kernel") and only in path:
+            params[path] = lorc(w, quantize_array(w, spec), rank=rank)
+    return with_params(model, params)
+
+
+def logits(model):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 20)))
+    return np.asarray(jax.jit(lambda t: model(t))(tokens))
+
+
+@pytest.mark.parametrize("folder", ["tiny_llama", "tiny_opt"])
+@pytest.mark.parametrize(
+    "spec", [None, M2, QuantSpec(group_size=32), QuantSpec(format="e4m3", group_size="channel")], ids=str
+)
+def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
+    model = load(request.getfixturevalue(folder))
+    model = model if spec is None else quantized(model, spec)
+    expected = logits(model)
+    at_load, in_step = prepare(model, "load"), prepare(model, "step")
+    np.testing.assert_allclose(logits(at_load), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_array_equal(logits(at_load), logits(in_step))
+    merged = {path for path in params_of(at_load) if "qkv_proj" in path or "gate_up_proj" in path}
+    assert len(merged) == (4 if folder == "tiny_llama" else 2 * 2)  # OPT's have biases
+    assert not any("q_proj" in path or "gate_proj" in path for path in params_of(at_load))
+    assert is_prepared(at_load) and not is_prepared(model)
+    bytes_ = [sum(leaf.nbytes for leaf in jax.tree.leaves(params_of(m))) for m in (at_load, in_step)]
+    assert bytes_[0] > bytes_[1] if spec == M2 else bytes_[0] == bytes_[1]
+    assert at_load.decode_rows == (16 if spec in (M2, QuantSpec(format="e4m3", group_size="channel")) else 1)
+
+
+def test_linears_of_different_kinds_are_not_merged(tiny_llama):
+    model = quantized(load(tiny_llama), only="k_proj")
+    expected = logits(model)
+    ready = prepare(model)
+    assert any("q_proj" in path for path in params_of(ready)) and any("gate_up_proj" in p for p in params_of(ready))
+    np.testing.assert_allclose(logits(ready), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_model_itself_stays_as_it_is_and_can_be_saved(tiny_llama, tmp_path):
+    model = quantized(load(tiny_llama))
+    before = jax.tree.leaves(params_of(model))
+    ready = prepare(model)
+    assert all(a is b for a, b in zip(before, jax.tree.leaves(params_of(model)), strict=True))
+    with pytest.raises(FpqError, match="prepared to be run cannot be saved; load it without expand"):
+        save(tmp_path / "out", ready)
+    assert not (tmp_path / "out").exists()
+    save(tmp_path / "out", model)
+    np.testing.assert_array_equal(logits(load(tmp_path / "out", expand="step")), logits(prepare(model, "step")))
+    np.testing.assert_array_equal(logits(prepare(ready)), logits(ready))
+
+
+def test_an_abstract_model_is_prepared_without_memory(tiny_llama):
+    model = load(tiny_llama)
+    abstract = abstract_model(type(model), model.config)
+    ready, shapes = params_of(prepare(quantized(model))), {}
+    small = lambda w: lorc(w, quantize_array(w, M2), rank=2)
+    for path, leaf in params_of(abstract).items():
+        shapes[path] = (
+            jax.eval_shape(small, leaf)
+            if path in params_of(quantized(model)) and path.startswith("layers.") and path.endswith("kernel")
+            else leaf
+        )
+    got = params_of(prepare(with_params(abstract, shapes)))
+    assert jax.tree.structure(got) == jax.tree.structure(ready)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(ready), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_unknown_options_are_said(tiny_llama):
+    model = load(tiny_llama)
+    for call in (lambda: prepare(model, "now"), lambda: load(tiny_llama, expand="now")):
+        with pytest.raises(FpqError, match="expand is 'now'; it must be load or step"):
+            call()
+    with pytest.raises(FpqError, match="attention is 'flash'; it must be xla or cudnn"):
+        prepare(model, attention="flash")
+    assert {m.self_attn.implementation for m in prepare(model, attention="cudnn").layers} == {"cudnn"}

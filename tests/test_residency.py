@@ -1,0 +1,99 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpq_jax import FpqError, QuantSpec, dequantize, linear, lorc, quantize_array
+from fpq_jax._linear import linears
+from fpq_jax._residency import can_concatenate, check_residency, concatenate, resident
+
+SPECS = [
+    QuantSpec(group_size=32, constraint="m2"),
+    QuantSpec(group_size=32, constraint="m1", activation=None),
+    QuantSpec(group_size=32),
+    QuantSpec(format="e4m3", group_size="channel"),
+    QuantSpec(format="int4-asym", group_size=32, activation="int8-asym"),
+    QuantSpec(format="int8", group_size="channel", activation="int8"),
+]
+
+
+def weight(outputs, seed=0, inputs=100):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((inputs, outputs)), jnp.float32)
+
+
+def several(spec, ranks=(4, 0, 2), dtype="bfloat16"):
+    kernels = []
+    for seed, (outputs, rank) in enumerate(zip((24, 7, 40), ranks, strict=True)):
+        w = weight(outputs, seed)
+        q = quantize_array(w, spec)
+        kernels.append(lorc(w, q, rank=rank, dtype=dtype) if rank else q)
+    return kernels
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_concatenated_kernels_are_the_same_weights_and_products(spec, dtype):
+    kernels = several(spec, dtype=dtype)
+    assert can_concatenate(kernels)
+    one = concatenate(kernels)
+    assert one.shape == (100, 71) and one.low_rank.a.shape == (100, 6)
+    np.testing.assert_array_equal(
+        dequantize(one, low_rank=False), jnp.hstack([dequantize(k, low_rank=False) for k in kernels])
+    )
+    np.testing.assert_allclose(dequantize(one), jnp.hstack([dequantize(k) for k in kernels]), rtol=1e-6, atol=1e-7)
+    x = jnp.asarray(np.random.default_rng(9).standard_normal((3, 100)), jnp.float32)
+    apart = jnp.hstack([linear(x, k) for k in kernels])
+    np.testing.assert_allclose(linear(x, one), apart, atol=2e-6 * float(jnp.abs(apart).max()))
+
+
+def test_kernels_that_differ_stay_apart():
+    spec = SPECS[0]
+    kernels = several(spec)
+    other = quantize_array(weight(7), dataclasses.replace(spec, group_size=16))
+    assert not can_concatenate([*kernels, other])
+    assert not can_concatenate([*kernels, weight(7)])
+    assert not can_concatenate([weight(7), weight(7).astype(jnp.bfloat16)])
+    assert not can_concatenate([several(spec, dtype="int8")[0], kernels[2]])
+    whole = QuantSpec(format="e4m3", group_size="tensor")
+    assert not can_concatenate([quantize_array(weight(7), whole)] * 2)
+    static = [dataclasses.replace(k, input_scale=jnp.ones(1)) for k in kernels]
+    assert not can_concatenate(static)
+    np.testing.assert_array_equal(concatenate([weight(3), weight(4)]), jnp.hstack([weight(3), weight(4)]))
+    plain = concatenate(several(spec, ranks=(0, 0, 0)))
+    assert plain.low_rank is None
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_both_residencies_are_the_weight_and_multiply_alike(spec):
+    x = jnp.asarray(np.random.default_rng(9).standard_normal((3, 100)), jnp.float32)
+    q = several(spec)[0]
+    load, step = resident(q, "load"), resident(q, "step")
+    for form in (load, step):
+        np.testing.assert_array_equal(dequantize(form), dequantize(q))
+        np.testing.assert_array_equal(jax.jit(linear)(x, form), jax.jit(linear)(x, q))
+    if spec == SPECS[0]:
+        # 100 inputs and 24 outputs, padded to multiples of 16
+        assert load.codes.shape == (32, 112) and load.codes.dtype == jnp.float8_e4m3fn and load.exponents is None
+        assert step is q
+
+
+def test_arrays_and_unknown_residencies():
+    w = weight(3)
+    assert resident(w, "load") is w
+    for name in ("later", None, 3):
+        with pytest.raises(FpqError, match="it must be load or step"):
+            check_residency(name)
+
+
+def test_one_input_is_quantized_once_for_all_that_take_it_alike():
+    x = jnp.ones((3, 100))
+    reductions = lambda kernels: str(jax.make_jaxpr(lambda x: linears(x, [(k, None) for k in kernels]))(x)).count(
+        "reduce_max"
+    )
+    assert reductions(several(SPECS[0])) == 1
+    mixed = [several(SPECS[0])[0], quantize_array(weight(5), SPECS[3]), weight(4)]
+    assert reductions(mixed) == 1
+    other = quantize_array(weight(5), dataclasses.replace(SPECS[3], activation="e5m2"))
+    assert reductions([*mixed, other]) == 2
