@@ -20,11 +20,10 @@ from fpq_jax._program import Program
 
 Route = Literal["cublas", "triton"]
 
+_TILE = "block_m: 64 block_n: 128 block_k: 128 num_stages: 3 num_warps: 4 num_ctas: 1"
 _OPTIONS: dict[Route, dict[str, Any]] = {
     "cublas": {"xla_gpu_enable_triton_gemm": False},
-    "triton": {
-        "xla_gpu_override_gemm_autotuner": "block_m: 64 block_n: 128 block_k: 128 num_stages: 3 num_warps: 4 num_ctas: 1"
-    },
+    "triton": {"xla_gpu_override_gemm_autotuner": _TILE},
 }
 # An H100 SXM as XLA describes it. Without runtime_version FP8 products silently become 16-bit ones.
 _H100 = """

@@ -1,8 +1,8 @@
 """The key-value cache of generation, and attention to what is in it.
 
-B (batch), T (new tokens), S (slots), H (query heads), K (key-value heads), G (query heads of one key-value head), C (head
-size). A row's token at position p is in slot p. Prompts of different lengths are filled up at their ends: what stands in
-the slots behind a row's last position is masked, and written over by the tokens to come.
+B (batch), T (new tokens), S (slots), H (query heads), K (key-value heads), G (query heads of one key-value head),
+C (head size). A row's token at position p is in slot p. Prompts of different lengths are filled up at their ends: what
+stands in the slots behind a row's last position is masked, and written over by the tokens to come.
 """
 
 from dataclasses import dataclass

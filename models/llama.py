@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def _llama3_frequencies(frequencies: np.ndarray, factor: float, low: float, high
 class Attention(Block):
     """Grouped-query attention with rotary positions."""
 
-    MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    MERGED: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -150,7 +150,7 @@ class Attention(Block):
 class MLP(Block):
     """The gated feed-forward network (SwiGLU)."""
 
-    MERGED = {"gate_up_proj": ("gate_proj", "up_proj")}
+    MERGED: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         options: Any = dict(use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -102,7 +102,7 @@ class OptConfig:
 class Attention(Block):
     """Multi-head attention with biases and without rotary positions."""
 
-    MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    MERGED: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: OptConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim

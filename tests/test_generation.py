@@ -7,6 +7,7 @@ from fpq_jax.models import params_of, with_params
 from fpq_jax import FpqError, Generator, QuantSpec, load, lorc, prepare, quantize_array
 from fpq_jax._generation import Sampling, sample
 
+_quantize = jax.jit(quantize_array, static_argnums=1)
 PROMPT = [256, 5, 9, 77]
 PROMPTS = [PROMPT, [256, 8], [256, *range(40)], [256, 1, 2, 3, 4, 5, 6]]
 
@@ -17,7 +18,7 @@ def generate(model, prompt, **options):
 
 def quantized(model, **changes):
     spec = QuantSpec(**({"group_size": 32, "constraint": "m2"} | changes))
-    small = lambda w: lorc(w, quantize_array(w, spec), rank=2)
+    small = lambda w: lorc(w, _quantize(w, spec), rank=2)
     params = params_of(model).items()
     return with_params(
         model, {p: small(v) if p.startswith("layers.") and p.endswith("kernel") else v for p, v in params}

@@ -2,6 +2,7 @@
 
 from fpq_jax._program import Kernel, Program
 
+# ruff: noqa: E501
 HLO = """HloModule jit_f
 
 %nested (p0: f8e4m3fn[256,64]) -> f32[256,32] {

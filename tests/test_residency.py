@@ -18,6 +18,8 @@ SPECS = [
     QuantSpec(format="int8", group_size="channel", activation="int8"),
 ]
 
+_quantize = jax.jit(quantize_array, static_argnums=1)
+
 
 def weight(outputs, seed=0, inputs=100):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((inputs, outputs)), jnp.float32)
@@ -27,12 +29,12 @@ def several(spec, ranks=(4, 0, 2), dtype="bfloat16"):
     kernels = []
     for seed, (outputs, rank) in enumerate(zip((24, 7, 40), ranks, strict=True)):
         w = weight(outputs, seed)
-        q = quantize_array(w, spec)
+        q = _quantize(w, spec)
         kernels.append(lorc(w, q, rank=rank, dtype=dtype) if rank else q)
     return kernels
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=["m2", "m1", "free", "w8", "int4", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_concatenated_kernels_are_the_same_weights_and_products(spec, dtype):
     kernels = several(spec, dtype=dtype)
@@ -44,20 +46,20 @@ def test_concatenated_kernels_are_the_same_weights_and_products(spec, dtype):
     )
     np.testing.assert_allclose(dequantize(one), jnp.hstack([dequantize(k) for k in kernels]), rtol=1e-6, atol=1e-7)
     x = jnp.asarray(np.random.default_rng(9).standard_normal((3, 100)), jnp.float32)
-    apart = jnp.hstack([linear(x, k) for k in kernels])
-    np.testing.assert_allclose(linear(x, one), apart, atol=2e-6 * float(jnp.abs(apart).max()))
+    apart = jnp.hstack([jax.jit(linear)(x, k) for k in kernels])
+    np.testing.assert_allclose(jax.jit(linear)(x, one), apart, atol=2e-6 * float(jnp.abs(apart).max()))
 
 
 def test_kernels_that_differ_stay_apart():
     spec = SPECS[0]
     kernels = several(spec)
-    other = quantize_array(weight(7), dataclasses.replace(spec, group_size=16))
+    other = _quantize(weight(7), dataclasses.replace(spec, group_size=16))
     assert not can_concatenate([*kernels, other])
     assert not can_concatenate([*kernels, weight(7)])
     assert not can_concatenate([weight(7), weight(7).astype(jnp.bfloat16)])
     assert not can_concatenate([several(spec, dtype="int8")[0], kernels[2]])
     whole = QuantSpec(format="e4m3", group_size="tensor")
-    assert not can_concatenate([quantize_array(weight(7), whole)] * 2)
+    assert not can_concatenate([_quantize(weight(7), whole)] * 2)
     static = [dataclasses.replace(k, input_scale=jnp.ones(1)) for k in kernels]
     assert not can_concatenate(static)
     np.testing.assert_array_equal(concatenate([weight(3), weight(4)]), jnp.hstack([weight(3), weight(4)]))
@@ -65,14 +67,15 @@ def test_kernels_that_differ_stay_apart():
     assert plain.low_rank is None
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=["m2", "m1", "free", "w8", "int4", "int8"])
 def test_both_residencies_are_the_weight_and_multiply_alike(spec):
     x = jnp.asarray(np.random.default_rng(9).standard_normal((3, 100)), jnp.float32)
     q = several(spec)[0]
+    multiply = jax.jit(linear)
     load, step = resident(q, "load"), resident(q, "step")
     for form in (load, step):
         np.testing.assert_array_equal(dequantize(form), dequantize(q))
-        np.testing.assert_array_equal(jax.jit(linear)(x, form), jax.jit(linear)(x, q))
+        np.testing.assert_array_equal(multiply(x, form), multiply(x, q))
     if spec == SPECS[0]:
         # 100 inputs and 24 outputs, padded to multiples of 16
         assert load.codes.shape == (32, 112) and load.codes.dtype == jnp.float8_e4m3fn and load.exponents is None
@@ -93,7 +96,7 @@ def test_one_input_is_quantized_once_for_all_that_take_it_alike():
         "reduce_max"
     )
     assert reductions(several(SPECS[0])) == 1
-    mixed = [several(SPECS[0])[0], quantize_array(weight(5), SPECS[3]), weight(4)]
+    mixed = [several(SPECS[0])[0], _quantize(weight(5), SPECS[3]), weight(4)]
     assert reductions(mixed) == 1
-    other = quantize_array(weight(5), dataclasses.replace(SPECS[3], activation="e5m2"))
+    other = _quantize(weight(5), dataclasses.replace(SPECS[3], activation="e5m2"))
     assert reductions([*mixed, other]) == 2
