@@ -29,6 +29,7 @@ from fpq_jax._scales import Scale, group_scale, row_reference
 from fpq_jax._spec import QuantSpec
 
 _MAX_SEGMENT = 32  # inputs updated one by one; between segments a matrix product does it
+_UNROLLED = 8  # steps of the loop over inputs in one of its turns, which a GPU launches apart
 _MIN_BLOCK = 128  # small groups are put together into blocks of about this size
 _ONE_GROUP_BLOCK = 256  # block size where the whole row is one group
 _CHUNK = 512  # finished inputs entering one matrix product
@@ -247,25 +248,20 @@ def _one_by_one(
 ) -> tuple[Float[Array, "t out"], Float[Array, "t out"]]:
     """The published loop over the inputs of a segment: (errors over U's diagonal, values of the format).
 
-    ``lower`` is the segment's diagonal block of U^T.
+    ``lower`` is the segment's diagonal block of U^T. A finished input keeps the weight that it was rounded from, so the
+    loop carries nothing else, and values and errors are taken of all inputs at once behind it.
     """
+    strictly_lower = jnp.tril(lower, -1)
 
-    def one_input(j, state):
-        v, errors, values = state
+    def one_input(j, v):
         row = jax.lax.dynamic_index_in_dim(v, j, keepdims=False)
-        value = scale.values(row, fmt)
-        column = jax.lax.dynamic_index_in_dim(lower, j, axis=1, keepdims=False)
-        error = (row - scale.numbers(value, fmt)) / column[j]
-        # the column is zero above j; at j itself the row becomes its quantized value
-        return (
-            v - column[:, None] * error,
-            jax.lax.dynamic_update_index_in_dim(errors, error, j, 0),
-            jax.lax.dynamic_update_index_in_dim(values, value, j, 0),
-        )
+        column = jax.lax.dynamic_index_in_dim(strictly_lower, j, axis=1, keepdims=False)
+        error = (row - scale.numbers(scale.values(row, fmt), fmt)) / lower[j, j]
+        return v - column[:, None] * error
 
-    zeros = jnp.zeros_like(v)
-    _, errors, values = jax.lax.fori_loop(0, v.shape[0], one_input, (v, zeros, zeros))
-    return errors, values
+    v = jax.lax.fori_loop(0, v.shape[0], one_input, v, unroll=_UNROLLED)
+    values = scale.values(v, fmt)
+    return (v - scale.numbers(values, fmt)) / jnp.diagonal(lower)[:, None], values
 
 
 def _diagonal_blocks(matrix: Float[Array, "P P"], block: int) -> Float[Array, "n b b"]:

@@ -89,9 +89,9 @@ def main(options: Options) -> None:
     result = {
         "size": n,
         "group_size": options.group_size,
-        "first_call_seconds": round(first_call_seconds, 2),
-        "fpq_jax_seconds": round(min(ours), 2),
-        "torch_seconds": round(min(theirs), 2),
+        "first_call_seconds": round(first_call_seconds, 4),
+        "fpq_jax_seconds": round(min(ours), 4),
+        "torch_seconds": round(min(theirs), 4),
         "torch_over_fpq_jax": round(min(theirs) / min(ours), 2),
         "error": error,
         "torch_error": error_torch,
