@@ -34,7 +34,7 @@ from fpq_jax.models import (
     model_class_of,
     open_checkpoint,
     params_of,
-    prepare,
+    prepare_in_place,
     read_config,
     to_hf_config,
 )
@@ -109,8 +109,8 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
         model_class, model_config = checkpoint.model_class, checkpoint.model_config
         params = checkpoint.read(jnp.dtype(dtype or checkpoint.dtype))
     model = build_model(model_class, model_config, params)
-    del params  # so that what preparing replaces is freed as it goes
-    return model if expand is None else prepare(model, expand)
+    del params  # so that what preparing replaces is freed
+    return model if expand is None else prepare_in_place(model, expand)
 
 
 def check_output(directory: Path) -> None:

@@ -29,7 +29,7 @@ from fpq_jax._text import (
     window_length,
 )
 from fpq_jax._tree import Flat
-from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint, prepare
+from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint, prepare_in_place
 
 
 def default_calibration(model: str | None) -> str:
@@ -120,7 +120,8 @@ class Job:
 
     def perplexities(self, params: Flat, which: str) -> dict[str, Perplexity]:
         """Perplexity of the model with these parameters on each evaluation text."""
-        model = prepare(build_model(self.checkpoint.model_class, self.checkpoint.model_config, params))
+        model = build_model(self.checkpoint.model_class, self.checkpoint.model_config, params)
+        model = prepare_in_place(model, "load")
         values = {}
         for spec, windows in self.evaluation.items():
             with progress(f"{which}: perplexity on {spec}", len(windows)) as advance:

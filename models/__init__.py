@@ -14,7 +14,7 @@ from fpq_jax.models._convert import (
     with_params,
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
-from fpq_jax.models._prepare import is_prepared, prepare
+from fpq_jax.models._prepare import is_prepared, prepare, prepare_in_place
 from fpq_jax.models.llama import Llama, LlamaConfig
 from fpq_jax.models.opt import Opt, OptConfig
 
@@ -51,6 +51,7 @@ __all__ = [
     "open_checkpoint",
     "params_of",
     "prepare",
+    "prepare_in_place",
     "read_config",
     "to_hf_config",
     "to_hf_tensors",

@@ -25,7 +25,11 @@ def prepare(model: Any, expand: str = "load", *, attention: str = "xla") -> Any:
     check_residency(expand)
     if attention not in ("xla", "cudnn"):
         raise FpqError(f"attention is {attention!r}; it must be xla or cudnn.")
-    model = nnx.clone(model)
+    return prepare_in_place(nnx.clone(model), expand, attention)
+
+
+def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
+    """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes."""
     for _, module in list(nnx.iter_modules(model)):
         if isinstance(module, Block):
             for name, parts in module.MERGED.items():

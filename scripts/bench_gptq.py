@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from fpq_jax._formats import E2M1
 from fpq_jax._gptq import gptq_with_stats, output_error
@@ -36,7 +35,7 @@ def torch_gptq(w, hessian, group_size: int, damping: float = 0.01, block_size: i
     """The published algorithm: w [out, in], block-wise with lazy updates, E2M1, one scale per row and group."""
     import torch
 
-    values = torch.tensor(E2M1.grid)
+    values = torch.tensor(E2M1.grid, device=w.device)
     midpoints = (values[1:] + values[:-1]) / 2
     w, h = w.clone(), hessian.clone()
     n = w.shape[1]
@@ -45,7 +44,8 @@ def torch_gptq(w, hessian, group_size: int, damping: float = 0.01, block_size: i
     q = torch.zeros_like(w)
     for start in range(0, n, block_size):
         end = min(start + block_size, n)
-        block, errors, u_block = w[:, start:end].clone(), torch.zeros(len(w), end - start), u[start:end, start:end]
+        block, u_block = w[:, start:end].clone(), u[start:end, start:end]
+        errors = torch.zeros_like(block)
         for i in range(end - start):
             if (start + i) % group_size == 0:
                 scale = w[:, start + i : start + i + group_size].abs().amax(dim=1) / E2M1.max
@@ -100,4 +100,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    import tyro
+
     main(tyro.cli(Options))

@@ -1,0 +1,223 @@
+"""Single Linears of LLaMA's shapes: bf16, W8A8 and W4A8 in JAX, beside torch on the same GPU.
+
+A timed program multiplies as many (input, weight) pairs as it takes to read more than a cache holds, and its time is
+divided by their number. The quantization of the activations is in it, for torch once with and once without.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from h100.common import (
+    DATASHEET,
+    Clock,
+    Sizes,
+    compiled_in_parallel,
+    compiler_options,
+    filled,
+    floor_seconds,
+    free_memory,
+    markdown,
+    on_gpu,
+    ratio_text,
+    seconds_of,
+    time_text,
+    torch_on_gpu,
+    torch_seconds_of,
+)
+
+from fpq_jax import Program, QuantSpec, linear, quantize_array
+from fpq_jax._residency import resident
+
+VARIANTS = ("bf16", "W8A8", "W4A8 load", "W4A8 step")
+TORCH_VARIANTS = ("torch bf16", "torch scaled_mm", "torch scaled_mm + quantize")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One Linear and a number of tokens."""
+
+    model: str
+    linear: str
+    shape: tuple[int, int]
+    tokens: int
+    variant: str
+    route: str
+
+    def row(self, seconds: float | None, ceilings: dict[str, float], **more: Any) -> dict[str, Any]:
+        (k, n), m = self.shape, self.tokens
+        weight = k * n * {"bf16": 2, "torch bf16": 2, "W4A8 step": 0.5}.get(self.variant, 1)
+        bytes_, kind = weight + 2 * m * (k + n), "bf16" if "bf16" in self.variant else "fp8"
+        floor = lambda c: floor_seconds(bytes_, {kind: 2e-12 * m * k * n}, c)
+        row = {
+            "model": self.model,
+            "linear": self.linear,
+            "shape": list(self.shape),
+            "tokens": m,
+            "variant": self.variant,
+            "route": self.route,
+            "floor_seconds": floor(DATASHEET),
+            "seconds": seconds,
+        }
+        if seconds is not None:
+            row |= {
+                "tflops": 2e-12 * m * k * n / seconds,
+                "gbs": bytes_ / seconds / 1e9,
+                "share_of_measured_ceiling": floor(ceilings) / seconds,
+            }
+        return row | more
+
+
+def cases(sizes: Sizes) -> list[Case]:
+    """Everything to measure, what matters most first."""
+    found = []
+    for i, (model, (hidden, ffn, _, _)) in enumerate(sizes.models.items()):
+        linears = {
+            "qkv": (hidden, 3 * hidden),
+            "o": (hidden, hidden),
+            "gate_up": (hidden, 2 * ffn),
+            "down": (ffn, hidden),
+        }
+        for route in ("cublas", "triton"):
+            # the larger models and the second route at the ends of the range and in the middle
+            tokens = sizes.tokens if i == 0 and route == "cublas" else sizes.tokens[:: max(1, len(sizes.tokens) // 3)]
+            names = linears if i == 0 else ("gate_up", "down")
+            variants = (*VARIANTS, *(TORCH_VARIANTS if route == "cublas" else ()))
+            found += [
+                (i + (route == "triton"), Case(model, name, linears[name], m, variant, route))
+                for name in names
+                for m in tokens
+                for variant in variants
+            ]
+    return [case for _, case in sorted(found, key=lambda pair: pair[0])]
+
+
+def predictions(sizes: Sizes) -> list[dict[str, Any]]:
+    return [case.row(None, DATASHEET) for case in cases(sizes)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each Linear, number of tokens and route: the time of each variant, with W8A8's floor before them."""
+    lines: dict[Any, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row["linear"], row["tokens"], row["route"]), {})[row["variant"]] = row
+    header = ["model", "linear", "tokens", "route", "floor FP8", *VARIANTS, *TORCH_VARIANTS]
+    header += ["bf16 / W8A8", "scaled_mm / W8A8", "W8A8 of ceiling"]
+    cells = []
+    for at, found in lines.items():
+        seconds = {variant: found.get(variant, {}).get("seconds") for variant in (*VARIANTS, *TORCH_VARIANTS)}
+        w8a8 = found["W8A8"]
+        share = w8a8.get("share_of_measured_ceiling")
+        cells.append(
+            [
+                *map(str, at),
+                time_text(w8a8["floor_seconds"]),
+                *map(time_text, seconds.values()),
+                ratio_text(seconds["bf16"], seconds["W8A8"]),
+                ratio_text(seconds["torch scaled_mm"], seconds["W8A8"]),
+                "-" if share is None else f"{100 * share:.0f} %",
+            ]
+        )
+    return markdown(header, cells)
+
+
+def run(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    todo = cases(sizes)
+    # one shape after the other, so that its weights are made once
+    while todo:
+        first = todo[0]
+        together = [c for c in todo if (c.model, c.linear, c.route) == (first.model, first.linear, first.route)]
+        todo = [c for c in todo if c not in together]
+        if clock.left() < 20:
+            rows += [case.row(None, ceilings, note="out of time") for case in together]
+            continue
+        rows += _run_shape(together, sizes, clock, ceilings)
+        free_memory()
+    return rows
+
+
+def _copies(shape: tuple[int, int], tokens: int, sizes: Sizes) -> int:
+    return int(np.clip(sizes.cold_bytes // (shape[0] * shape[1]), 2, 16 if tokens <= 1024 else 4))
+
+
+def _weights(variant: str, shape: tuple[int, int], count: int, group_size: int) -> list[Any]:
+    if variant == "bf16":
+        return [filled(jax.ShapeDtypeStruct(shape, jnp.bfloat16), i) for i in range(count)]
+    w8 = QuantSpec(format="e4m3", group_size="channel")
+    spec = w8 if variant == "W8A8" else QuantSpec(constraint="m2", group_size=group_size)
+    stored = jax.eval_shape(lambda w: quantize_array(w, spec), jax.ShapeDtypeStruct(shape, jnp.float32))
+    form = "step" if variant == "W4A8 step" else "load"
+    return [resident(filled(stored, 10 * i), form) for i in range(count)]
+
+
+def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    shape, route, rows = together[0].shape, together[0].route, []
+    inputs = {
+        m: [filled(jax.ShapeDtypeStruct((m, shape[0]), jnp.bfloat16), i) for i in range(_copies(shape, m, sizes))]
+        for m in {case.tokens for case in together}
+    }
+    most = max(len(xs) for xs in inputs.values())
+    ours = [case for case in together if case.variant in VARIANTS]
+    weights = {variant: _weights(variant, shape, most, sizes.group_size) for variant in VARIANTS}
+
+    def compile_(case: Case) -> Any:
+        xs = inputs[case.tokens]
+        multiply = jax.jit(lambda xs, ws: [linear(x, w) for x, w in zip(xs, ws, strict=True)])
+        return multiply.lower(xs, weights[case.variant][: len(xs)]).compile(compiler_options=compiler_options(route))
+
+    for case, program in compiled_in_parallel(ours, compile_):
+        if isinstance(program, Exception):
+            rows.append(case.row(None, ceilings, note=f"{type(program).__name__}: {str(program)[:200]}"))
+            continue
+        if clock.left() < 5:
+            rows.append(case.row(None, ceilings, note="out of time"))
+            continue
+        xs = inputs[case.tokens]
+        ws = weights[case.variant][: len(xs)]
+        seconds = seconds_of(lambda program=program, xs=xs, ws=ws: program(xs, ws), sizes.repeats) / len(xs)
+        more = {"fp8_products": len(Program.of(program).matmuls("fp8_matmul")) / len(xs)} if on_gpu() else {}
+        rows.append(case.row(seconds, ceilings, **more))
+    weights.clear()
+    inputs_copies = {m: len(xs) for m, xs in inputs.items()}
+    inputs.clear()
+    free_memory()
+    torch = torch_on_gpu()
+    for case in together:
+        if case.variant not in TORCH_VARIANTS:
+            continue
+        if torch is None:
+            rows.append(case.row(None, ceilings, note="no torch with a GPU"))
+        elif clock.left() < 5:
+            rows.append(case.row(None, ceilings, note="out of time"))
+        else:
+            count = inputs_copies[case.tokens]
+            seconds = torch_seconds_of(_torch_run(torch, case, count), sizes.repeats) / count
+            rows.append(case.row(seconds, ceilings))
+    return rows
+
+
+def _torch_run(torch: Any, case: Case, count: int) -> Any:
+    (k, n), m = case.shape, case.tokens
+    make = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+    xs, ws = [make(m, k) for _ in range(count)], [make(n, k) for _ in range(count)]
+    if case.variant == "torch bf16":
+        return lambda: [x @ w.T for x, w in zip(xs, ws, strict=True)]
+
+    def quantize(x: Any) -> Any:
+        scale = x.abs().amax(dim=1, keepdim=True).float() / 448
+        return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+    codes = [quantize(w) for w in ws]
+    ws.clear()
+
+    def multiply(x: Any, scale: Any, i: int) -> Any:
+        w, row = codes[i]
+        return torch._scaled_mm(x, w.T, scale_a=scale, scale_b=row.T, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    if case.variant == "torch scaled_mm":
+        ready = [quantize(x) for x in xs]
+        return lambda: [multiply(x, scale, i) for i, (x, scale) in enumerate(ready)]
+    return lambda: [multiply(*quantize(x), i) for i, x in enumerate(xs)]
