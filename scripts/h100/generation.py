@@ -31,6 +31,7 @@ W8A8 = QuantSpec(format="e4m3", group_size="channel")
 VARIANTS = {
     "bf16": (None, 0, "load"),
     "W4A8 + LoRC load": ("m2", 8, "load"),
+    "W4A8 + LoRC load, FP8 cache": ("m2", 8, "load"),
     "W8A8": (W8A8, 0, "load"),
     "W4A8 step": ("m2", 0, "step"),
     "W4A8 load": ("m2", 0, "load"),
@@ -47,6 +48,10 @@ class Case:
     slots: int
     attention: str = "xla"
 
+    @property
+    def fp8_cache(self) -> bool:
+        return self.variant.endswith("FP8 cache")
+
     def row(
         self, config: LlamaConfig, seconds: float | None, ceilings: dict[str, float], **more: Any
     ) -> dict[str, Any]:
@@ -55,7 +60,8 @@ class Case:
         linears, head = layers * (4 * hidden**2 + 3 * hidden * ffn), hidden * config.vocab_size
         bytes_ = linears * {"bf16": 2, "W4A8 step": 0.5}.get(self.variant, 1) + 2 * head
         if self.tokens == 1:
-            bytes_ += 4 * self.batch * self.slots * hidden * layers
+            # keys and values of every slot, and an FP8 cache's scales of heads of 128
+            bytes_ += 2 * (1 + 4 / 128 if self.fp8_cache else 2) * self.batch * self.slots * hidden * layers
         attention = 2 * (new * self.tokens if self.tokens > 1 else new * self.slots) * hidden * layers
         kind = "bf16" if self.variant == "bf16" else "fp8"
         ops = {"bf16": 1e-12 * (attention + 2 * self.batch * head)}
@@ -171,7 +177,7 @@ def random_model(config: LlamaConfig, variant: str, group_size: int) -> Any:
 
 def _arguments(model: Any, case: Case) -> tuple[Any, ...]:
     """Tokens, an empty cache, lengths or positions, and a key."""
-    cache = model.init_cache(case.batch, case.slots, jnp.bfloat16)
+    cache = model.init_cache(case.batch, case.slots, jnp.float8_e4m3fn if case.fp8_cache else jnp.bfloat16)
     given = jnp.ones((case.batch, case.tokens) if case.tokens > 1 else (case.batch,), jnp.int32)
     at = jnp.full((case.batch,), case.tokens if case.tokens > 1 else case.slots - 1, jnp.int32)
     return given, cache, at, jax.random.key(0)
