@@ -60,9 +60,9 @@ class LayerCache:
 
     def decoded(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
         """Keys and values as numbers, heads behind slots."""
-        numbers = self.key, self.value
+        numbers = [self.key, self.value]
         if self.key_scale is not None:
-            scales = self.key_scale, self.value_scale
+            scales = [self.key_scale, self.value_scale]
             numbers = [codes.astype(jnp.float32) * s[..., None] for codes, s in zip(numbers, scales, strict=True)]
         key, value = (n.astype(dtype).swapaxes(1, 2) for n in numbers)
         return key, value

@@ -4,6 +4,7 @@ A timed program multiplies as many (input, weight) pairs as it takes to read mor
 divided by their number. The quantization of the activations is in it, for torch once with and once without.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,8 @@ class Case:
 
 
 def cases(sizes: Sizes) -> list[Case]:
-    """Everything to measure, what matters most first."""
+    """Everything to measure, what matters most first: the first model by cuBLAS, the ends and the middle of the others
+    and of the second route, and then the rest."""
     found = []
     for i, (model, (hidden, ffn, _, _)) in enumerate(sizes.models.items()):
         linears = {
@@ -80,17 +82,15 @@ def cases(sizes: Sizes) -> list[Case]:
             "gate_up": (hidden, 2 * ffn),
             "down": (ffn, hidden),
         }
+        sample = sizes.tokens[:: max(1, len(sizes.tokens) // 3)]
         for route in ("cublas", "triton"):
-            # the larger models and the second route at the ends of the range and in the middle
-            tokens = sizes.tokens if i == 0 and route == "cublas" else sizes.tokens[:: max(1, len(sizes.tokens) // 3)]
-            names = linears if i == 0 else ("gate_up", "down")
             variants = (*VARIANTS, *(TORCH_VARIANTS if route == "cublas" else ()))
-            found += [
-                (i + (route == "triton"), Case(model, name, linears[name], m, variant, route))
-                for name in names
-                for m in tokens
-                for variant in variants
-            ]
+            for name, shape in linears.items():
+                for m in sizes.tokens:
+                    first = i == 0 and route == "cublas"
+                    sampled = m in sample and (i == 0 or name in ("gate_up", "down"))
+                    rank = 0 if first else 1 + i + (route == "triton") if sampled else 9 + i
+                    found += [(rank, Case(model, name, shape, m, variant, route)) for variant in variants]
     return [case for _, case in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -125,12 +125,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def run(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    todo = cases(sizes)
     # one shape after the other, so that its weights are made once
-    while todo:
-        first = todo[0]
-        together = [c for c in todo if (c.model, c.linear, c.route) == (first.model, first.linear, first.route)]
-        todo = [c for c in todo if c not in together]
+    for _, group in itertools.groupby(cases(sizes), key=lambda c: (c.model, c.linear, c.route)):
+        together = list(group)
         if clock.left() < 20:
             rows += [case.row(None, ceilings, note="out of time") for case in together]
             continue
