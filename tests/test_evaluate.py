@@ -9,6 +9,8 @@ from fpq_jax._console import run_command
 from fpq_jax._perplexity import perplexity
 from fpq_jax._text import evaluation_windows, load_tokenizer
 from fpq_jax.evaluate import Options, main
+from fpq_jax.quantize import Options as QuantizeOptions
+from fpq_jax.quantize import main as quantize
 
 
 def command(monkeypatch, *arguments):
@@ -53,3 +55,30 @@ def test_a_directory_without_a_report_asks_for_texts(monkeypatch, capsys, tmp_pa
     with pytest.raises(SystemExit):
         command(monkeypatch, "--model", tmp_path / "out")
     assert "name --eval" in capsys.readouterr().err
+
+
+def test_residencies_give_the_same_and_an_fp8_cache_nearly_so(monkeypatch, tmp_path, tiny_llama, text_file):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("weight: {group_size: 16, constraint: m2}\nmethod: round\n")
+    quantize_options = QuantizeOptions(
+        model=str(tiny_llama),
+        recipe=str(recipe),
+        calibration=str(text_file),
+        eval=(str(text_file),),
+        num_samples=2,
+        max_windows=3,
+        output=tmp_path / "q",
+    )
+    quantize(quantize_options)
+    reports = {}
+    for expand, kv_cache in (("load", "model"), ("step", "model"), ("load", "float8")):
+        path = tmp_path / f"{expand}-{kv_cache}.json"
+        options = ("--expand", expand, "--kv-cache", kv_cache, "--report", path)
+        command(monkeypatch, "--model", tmp_path / "q", *options)
+        reports[expand, kv_cache] = json.loads(path.read_text())
+        assert (reports[expand, kv_cache]["expand"], reports[expand, kv_cache]["kv_cache"]) == (expand, kv_cache)
+    value = lambda *which: reports[which]["perplexity"][str(text_file)]["quantized"]
+    assert value("load", "model") == value("step", "model")
+    assert value("load", "float8") != value("load", "model")
+    assert value("load", "float8") == pytest.approx(value("load", "model"), rel=0.05)
+    assert reports["step", "model"]["weight_bytes"] < reports["load", "model"]["weight_bytes"]

@@ -45,3 +45,16 @@ def test_stop_tokens_come_from_the_generation_config_first(tiny_llama):
     (tiny_llama / "generation_config.json").unlink()
     (tiny_llama / "config.json").write_text("{}")
     assert _stop_tokens(tiny_llama, tokenizer) == {257}
+
+
+def test_several_prompts_are_continued_together_and_shown_one_after_the_other(monkeypatch, capsys, tiny_llama):
+    options = ["--model", tiny_llama, "--max-new-tokens", 5, "--kv-cache", "float8"]
+    command(monkeypatch, *options, "--prompt", "the fox", "a [b] dog runs", "--expand", "step")
+    together = capsys.readouterr().out
+    assert together.index("the fox") < together.index("a [b] dog runs")
+    assert "23 prompt tokens" in together and "10 new tokens" in together
+    # 2 rows of 64 slots, 2 heads of 12 codes and a float32, keys and values of 2 layers
+    assert f"{2 * 64 * 2 * (12 + 4) * 2 * 2 / 1024:.1f} KiB of key-value cache" in together
+    command(monkeypatch, *options, "--prompt", "the fox")
+    alone = capsys.readouterr().out
+    assert alone.splitlines()[0] in together
