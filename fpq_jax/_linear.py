@@ -174,9 +174,18 @@ def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[A
 
     The result is bfloat16 where ``x`` is: the correction is small, and XLA then adds it in the epilogue.
     """
-    bf16 = jnp.bfloat16
-    matmul = lambda left, right, out: jnp.matmul(left.astype(bf16), right.astype(bf16), preferred_element_type=out)
-    inner = matmul(x, low_rank.a, bf16 if low_rank.scale is None else jnp.float32)
-    if low_rank.scale is not None:
-        inner = inner * low_rank.scale
-    return matmul(inner, low_rank.b, bf16 if x.dtype == bf16 else jnp.float32)
+    if x.dtype == jnp.bfloat16 and low_rank.scale is None:
+        inner = jnp.matmul(x, low_rank.a, preferred_element_type=jnp.bfloat16)
+    else:
+        inner = _bfloat16_matmul(x, low_rank.a)
+        inner = inner if low_rank.scale is None else inner * low_rank.scale
+    y = _bfloat16_matmul(inner, low_rank.b)
+    return y.astype(jnp.bfloat16) if x.dtype == jnp.bfloat16 else y
+
+
+def _bfloat16_matmul(x: Float[Array, "*batch k"], w: Shaped[Array, "k n"]) -> Float[Array, "*batch n"]:
+    """x @ w of operands rounded to bfloat16, in float32."""
+    if x.dtype != jnp.bfloat16:
+        # a bare cast there and back is dropped in some programs and kept in others, which would then differ
+        x = jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16)
+    return jnp.matmul(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)

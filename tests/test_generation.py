@@ -122,3 +122,22 @@ def test_prompts_that_cannot_be_continued_are_refused(tiny_llama):
             generator(prompts, max_new_tokens=3)
     with pytest.raises(FpqError, match="64 tokens; the model takes at most 63"):
         generator([PROMPT, [5] * 64], max_new_tokens=3)
+
+
+def test_decoding_equals_the_whole_forward_where_no_code_can_turn(tiny_llama):
+    """Weights quantized and activations not: token for token over many tokens, and in the logits.
+
+    FP8 activations turn a code where float32's noise meets a tie, in a decode step as in a forward pass of other shape.
+    """
+    model = prepare(quantized(load(tiny_llama), activation=None))
+    prompts = [[256, *range(row, row + 2 + row)] for row in range(4)]
+    rows = Generator(model)(prompts, max_new_tokens=40).tokens
+    forward = jax.jit(lambda t: model(t))
+    step = jax.jit(lambda t, cache, start: model(t, cache, start))
+    for prompt, new in zip(prompts, rows, strict=True):
+        whole = forward(jnp.asarray([prompt + new]))[0]
+        assert new == np.argmax(whole[len(prompt) - 1 : -1], axis=-1).tolist()
+        cache = model.init_cache(1, 64, jnp.float32)
+        for i, token in enumerate(prompt + new):
+            logits, cache = step(jnp.asarray([[token]]), cache, jnp.asarray([i]))
+            np.testing.assert_allclose(logits[0, 0], whole[i], atol=2e-5 * float(jnp.abs(whole).max()))
