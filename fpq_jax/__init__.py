@@ -29,7 +29,7 @@ from fpq_jax._formats import (
     pack,
     unpack,
 )
-from fpq_jax._generation import Generated, Generator
+from fpq_jax._generation import Generated, Generator, Sampling
 from fpq_jax._gptq import gptq, gptq_with_stats, hessian
 from fpq_jax._hopper import compile_for_hopper, hopper
 from fpq_jax._linear import linear
@@ -63,6 +63,7 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "Recipe",
+    "Sampling",
     "cast",
     "compile_for_hopper",
     "decode",

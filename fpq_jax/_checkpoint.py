@@ -30,7 +30,6 @@ from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
 from fpq_jax.models import (
     build_model,
-    is_prepared,
     model_class_of,
     open_checkpoint,
     params_of,
@@ -79,7 +78,7 @@ def is_quantized_dir(folder: Path) -> bool:
 
 def save(directory: str | Path, model: Any) -> None:
     """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything."""
-    if is_prepared(model):
+    if model.prepared:
         raise FpqError("A model that was prepared to be run cannot be saved; load it without expand, and save that.")
     config = to_hf_config(model)
     with new_directory(Path(directory)) as folder:

@@ -37,10 +37,19 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability."""
+    """temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability. FpqError for nonsense."""
 
     temperature: float = 0.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise FpqError(f"temperature is {self.temperature}; it must not be negative.")
+        if not 0 < self.top_p <= 1:
+            raise FpqError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+
+
+GREEDY = Sampling()
 
 
 def cache_dtype(model: Any, kv_cache: KvCache) -> DTypeLike:
@@ -66,8 +75,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling = GREEDY,
         stop: Collection[int] = (),
         seed: int = 0,
         on_token: Callable[[int, int], None] = lambda row, token: None,
@@ -78,6 +86,8 @@ class Generator:
         ``on_token`` is told each row's index and new tokens as they come. FpqError for prompts that cannot be
         continued.
         """
+        if max_new_tokens < 1:
+            raise FpqError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         limit = self._model.config.max_position_embeddings
         lengths = [len(prompt) for prompt in prompts]
         if not lengths or 0 in lengths:
@@ -93,7 +103,7 @@ class Generator:
             tokens[row, : len(prompt)] = prompt
         cache = self._model.init_cache(len(prompts), slots, self._dtype)
         cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-        key, sampling = jax.random.key(seed), Sampling(temperature=temperature, top_p=top_p)
+        key = jax.random.key(seed)
         first = (self._state, jnp.asarray(tokens), cache, jnp.asarray(lengths, jnp.int32), key)
         prefill = self._program(_prefill, sampling, first)
         later = (self._state, first[3], cache, first[3], key)

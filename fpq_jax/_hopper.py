@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpq_jax._errors import FpqError
-from fpq_jax._generation import KvCache, Sampling, cache_dtype, prefill, step
+from fpq_jax._generation import GREEDY, KvCache, cache_dtype, prefill, step
 from fpq_jax._program import Program
 
 Route = Literal["cublas", "triton"]
@@ -98,7 +98,7 @@ def hopper(
     return compile_for_hopper(
         step if tokens == 1 else prefill,
         graph,
-        Sampling(),
+        GREEDY,
         state,
         given,
         cache,

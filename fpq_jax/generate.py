@@ -7,8 +7,8 @@ from typing import Any
 
 from fpq_jax._checkpoint import load, resolve_model
 from fpq_jax._console import console, run_command
-from fpq_jax._errors import FpqError
-from fpq_jax._generation import Generator, KvCache
+from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._generation import Generator, KvCache, Sampling
 from fpq_jax._report import size_text, weight_bytes
 from fpq_jax._residency import Residency
 from fpq_jax._text import load_tokenizer
@@ -40,12 +40,8 @@ def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
     if not options.prompt:
         raise FpqError("There is no --prompt; give some text.")
-    if options.max_new_tokens < 1:
-        raise FpqError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1.")
-    if options.temperature < 0:
-        raise FpqError(f"--temperature is {options.temperature}; it must not be negative.")
-    if not 0 < options.top_p <= 1:
-        raise FpqError(f"--top-p is {options.top_p}; it must be above 0 and at most 1.")
+    check_at_least(1, max_new_tokens=options.max_new_tokens)
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
     model = load(folder, expand=options.expand)
     tokenizer = load_tokenizer(folder)
@@ -53,8 +49,7 @@ def main(options: Options) -> None:
     result = Generator(model, kv_cache=options.kv_cache)(
         shown.prompts,
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
+        sampling=sampling,
         stop=_stop_tokens(folder, tokenizer),
         seed=options.seed,
         on_token=shown.add,

@@ -14,7 +14,7 @@ from fpq_jax.models._convert import (
     with_params,
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
-from fpq_jax.models._prepare import is_prepared, prepare, prepare_in_place
+from fpq_jax.models._prepare import prepare, prepare_in_place
 from fpq_jax.models.llama import Llama, LlamaConfig
 from fpq_jax.models.opt import Opt, OptConfig
 
@@ -45,7 +45,6 @@ __all__ = [
     "OptConfig",
     "abstract_model",
     "build_model",
-    "is_prepared",
     "linear_name",
     "model_class_of",
     "open_checkpoint",

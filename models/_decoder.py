@@ -27,6 +27,7 @@ class Decoder(nnx.Module):
     Config: Any
 
     config: Any
+    prepared = False  # whether ``prepare`` made it
     decode_rows = 1  # rows of hidden states in a decode step are padded to a multiple of this, once for all Linears
     embed_tokens: Embedding
     layers: nnx.List[Any]

@@ -42,12 +42,8 @@ def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
             module.kernel.set_value(kernel)
             if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
                 model.decode_rows = FP8_MULTIPLE
+    model.prepared = True
     return model
-
-
-def is_prepared(model: Any) -> bool:
-    """Whether ``prepare`` merged any of the model's Linears."""
-    return any(isinstance(module, MergedLinear) for _, module in nnx.iter_modules(model))
 
 
 def _merge(module: Block, name: str, parts: tuple[str, ...]) -> None:

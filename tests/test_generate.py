@@ -24,8 +24,8 @@ def test_it_prints_the_text_and_its_speed(monkeypatch, capsys, tiny_llama):
     ("arguments", "said"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
-        (["--temperature", "-1"], "--temperature is -1"),
-        (["--top-p", "0"], "--top-p is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--top-p", "0"], "top_p is 0"),
         (["--model", "/nowhere"], "There is no model folder"),
         (["--prompt", "x" * 100], "at most 63"),
     ],

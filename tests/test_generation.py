@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from fpq_jax.models import params_of, with_params
 
-from fpq_jax import FpqError, Generator, QuantSpec, load, lorc, prepare, quantize_array
-from fpq_jax._generation import Sampling, sample
+from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, prepare, quantize_array
+from fpq_jax._generation import sample
 
 _quantize = jax.jit(quantize_array, static_argnums=1)
 PROMPT = [256, 5, 9, 77]
@@ -96,10 +96,10 @@ def test_an_fp8_cache_is_half_of_bfloat16s_and_hardly_changes_the_logits(tiny_ll
 
 def test_sampling_follows_its_seed_and_temperature(tiny_llama):
     model = load(tiny_llama)
-    draw = lambda seed, t: generate(model, PROMPT, max_new_tokens=20, temperature=t, seed=seed)
+    draw = lambda seed, t: generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(temperature=t), seed=seed)
     assert draw(1, 5.0) == draw(1, 5.0) != draw(2, 5.0)
     assert draw(1, 1e-4) == generate(model, PROMPT, max_new_tokens=20)
-    first, second = Generator(model)([PROMPT, PROMPT], max_new_tokens=20, temperature=5.0).tokens
+    first, second = Generator(model)([PROMPT, PROMPT], max_new_tokens=20, sampling=Sampling(temperature=5.0)).tokens
     assert first != second
 
 
@@ -122,6 +122,16 @@ def test_prompts_that_cannot_be_continued_are_refused(tiny_llama):
             generator(prompts, max_new_tokens=3)
     with pytest.raises(FpqError, match="64 tokens; the model takes at most 63"):
         generator([PROMPT, [5] * 64], max_new_tokens=3)
+    with pytest.raises(FpqError, match="max_new_tokens is 0; it must be at least 1"):
+        generator([PROMPT], max_new_tokens=0)
+    for nonsense, said in (
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ):
+        with pytest.raises(FpqError, match=said):
+            Sampling(**nonsense)
 
 
 def test_decoding_equals_the_whole_forward_where_no_code_can_turn(tiny_llama):

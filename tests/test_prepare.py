@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fpq_jax.models import abstract_model, is_prepared, params_of, with_params
+from fpq_jax.models import abstract_model, params_of, with_params
 
 from fpq_jax import FpqError, QuantSpec, load, lorc, prepare, quantize_array, save
 
@@ -36,7 +36,7 @@ def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
     merged = {path for path in params_of(at_load) if "qkv_proj" in path or "gate_up_proj" in path}
     assert len(merged) == (4 if folder == "tiny_llama" else 2 * 2)  # OPT's have biases
     assert not any("q_proj" in path or "gate_proj" in path for path in params_of(at_load))
-    assert is_prepared(at_load) and not is_prepared(model)
+    assert at_load.prepared and in_step.prepared and not model.prepared
     bytes_ = [sum(leaf.nbytes for leaf in jax.tree.leaves(params_of(m))) for m in (at_load, in_step)]
     assert bytes_[0] > bytes_[1] if spec == M2 else bytes_[0] == bytes_[1]
     assert at_load.decode_rows == (16 if spec in (M2, W8) else 1)

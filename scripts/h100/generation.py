@@ -24,7 +24,7 @@ from h100.common import (
 )
 
 from fpq_jax import Program, QuantSpec, lorc, prepare, quantize_array
-from fpq_jax._generation import Sampling, prefill, step
+from fpq_jax._generation import GREEDY, prefill, step
 
 W8A8 = QuantSpec(format="e4m3", group_size="channel")
 # name -> (weights, LoRC's rank, residency)
@@ -186,7 +186,7 @@ def _arguments(model: Any, case: Case) -> tuple[Any, ...]:
 def _compiled(model: Any, case: Case) -> Any:
     graph, state = nnx.split(model if case.attention == "xla" else prepare(model, attention="cudnn"))
     jitted = jax.jit(prefill if case.tokens > 1 else step, static_argnums=(0, 1), donate_argnums=4)
-    lowered = jitted.lower(graph, Sampling(), state, *jax.eval_shape(lambda: _arguments(model, case)))
+    lowered = jitted.lower(graph, GREEDY, state, *jax.eval_shape(lambda: _arguments(model, case)))
     return lowered.compile(compiler_options=compiler_options("cublas"))
 
 
