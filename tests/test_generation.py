@@ -125,9 +125,9 @@ def test_prompts_that_cannot_be_continued_are_refused(tiny_llama):
     with pytest.raises(FpqError, match="max_new_tokens is 0; it must be at least 1"):
         generator([PROMPT], max_new_tokens=0)
     for nonsense, said in (
-        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 0.0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
     ):
         with pytest.raises(FpqError, match=said):
