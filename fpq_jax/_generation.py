@@ -8,7 +8,7 @@ write in place, so a step costs one dispatch, and the host reads a token while t
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,10 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def cache_dtype(model: Any, kv_cache: KvCache) -> DTypeLike:
-    """What a cache's keys and values are held in: as the model computes, or FP8 codes with scales."""
+def cache_dtype(model: Any, kv_cache: str) -> DTypeLike:
+    """What a cache's keys and values are held in: as the model computes, or FP8 codes with scales. FpqError else."""
+    if kv_cache not in get_args(KvCache):
+        raise FpqError(f"kv_cache is {kv_cache!r}; it must be {' or '.join(get_args(KvCache))}.")
     return jnp.float8_e4m3fn if kv_cache == "float8" else model.embed_tokens.embedding.get_value().dtype
 
 
@@ -64,7 +66,7 @@ class Generator:
     16 bits. A model that was prepared (``load(..., expand="load")``) is fastest.
     """
 
-    def __init__(self, model: Any, *, kv_cache: KvCache = "model"):
+    def __init__(self, model: Any, *, kv_cache: str = "model"):
         self._model = model
         self._graph, self._state = nnx.split(model)
         self._dtype = cache_dtype(model, kv_cache)
@@ -96,8 +98,9 @@ class Generator:
             raise FpqError(f"The prompt has {max(lengths)} tokens; the model takes at most {limit - 1}.")
         # the last token is returned and not fed again
         room = [min(max_new_tokens, limit - length + 1) for length in lengths]
-        width = _rounded_up(max(lengths))
-        slots = max(width, _rounded_up(max(length + more for length, more in zip(lengths, room, strict=True))))
+        # a model may have no positions beyond its last, not even for what is masked
+        used = max(length + more - 1 for length, more in zip(lengths, room, strict=True))
+        width, slots = (min(_rounded_up(size), limit) for size in (max(lengths), used))
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt

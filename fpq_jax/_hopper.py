@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpq_jax._errors import FpqError
-from fpq_jax._generation import GREEDY, KvCache, cache_dtype, prefill, step
+from fpq_jax._generation import GREEDY, cache_dtype, prefill, step
 from fpq_jax._program import Program
 
 Route = Literal["cublas", "triton"]
 
+# what a route is to the compiler; the tile is fixed, since no autotuning can happen without a device
 _TILE = "block_m: 64 block_n: 128 block_k: 128 num_stages: 3 num_warps: 4 num_ctas: 1"
-_OPTIONS: dict[Route, dict[str, Any]] = {
+ROUTE_OPTIONS: dict[Route, dict[str, Any]] = {
     "cublas": {"xla_gpu_enable_triton_gemm": False},
     "triton": {"xla_gpu_override_gemm_autotuner": _TILE},
 }
@@ -65,7 +66,7 @@ def compile_for_hopper(
     shapes = [a if i in static else jax.tree.map(abstract, a) for i, a in enumerate(arguments)]
     lowered = jax.jit(function, donate_argnums=donate_argnums, static_argnums=static_argnums).lower(*shapes)
     with tempfile.TemporaryDirectory() as folder:
-        options = _OPTIONS[route] | ({"xla_dump_to": folder, "xla_dump_hlo_as_text": False} if ptx else {})
+        options = ROUTE_OPTIONS[route] | ({"xla_dump_to": folder, "xla_dump_hlo_as_text": False} if ptx else {})
         compiled = lowered.compile(compiler_options=options)
         assembly = "".join(file.read_text(encoding="utf-8") for file in sorted(Path(folder).glob("*.ptx")))
     return Program.of(compiled, assembly)
@@ -77,7 +78,7 @@ def hopper(
     batch: int = 1,
     tokens: int = 1,
     context: int | None = None,
-    kv_cache: KvCache = "model",
+    kv_cache: str = "model",
     route: Route = "cublas",
     capability: int = 9,
     ptx: bool = False,

@@ -1,7 +1,9 @@
 """How a quantized weight meets its input: the one place that decides it.
 
-- "fp8", FP8 codes on both sides (one scale a row, M1 or M2): one ``dot_general`` in FP8 over the full K with float32
-  accumulation. Every dimension is padded with zeros to a multiple of 16, without which a GPU has no FP8 product;
+- "fp8", FP8 codes on both sides (one scale a row, M1 or M2; not E5M2 on both): one ``dot_general`` in FP8 over the full
+  K with a float32 result. Every dimension is padded with zeros to a multiple of 16, without which a GPU has no FP8
+  product. On Hopper XLA asks for the tensor cores' fast accumulation, of fewer digits than float32's, unless
+  ``jax.default_matmul_precision("highest")`` is set;
 - "int8", integer codes on both sides, one scale a row: one int8 x int8 ``dot_general`` with int32 accumulation;
 - "codes", any other pair, one scale a row, M1 or M2: the codes, which bfloat16 holds exactly, multiplied in it with
   float32 accumulation;
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._activations import QuantizedTokens, fake_quantize_tokens, tokens_for
-from fpq_jax._formats import Format, IntFormat, decode, unpack
+from fpq_jax._formats import E5M2, Format, IntFormat, decode, unpack
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, pad_to
 from fpq_jax._scales import Scale
 
@@ -41,7 +43,8 @@ def product_kind(q: QTensor) -> ProductKind:
     if one_scale and isinstance(fmt, IntFormat) and isinstance(activation, IntFormat):
         return "int8"
     if q.has_fp8_form:
-        return "fp8" if activation.is_float8 else "codes"
+        # no tensor core multiplies E5M2 by E5M2
+        return "fp8" if activation.is_float8 and not (fmt is E5M2 and activation is E5M2) else "codes"
     return "codes" if one_scale else "dequantized"
 
 

@@ -19,7 +19,7 @@ _LAYOUT = re.compile(r"\{[^{}]*\}")
 class Kernel:
     """One launch. scope: where it is from, "jit(step)/lorc/dot_general"; output: its type, "bf16[16,4096]".
 
-    operands: of a matrix product the types of its two factors.
+    operands: of a matrix product the types of its two factors. op: HLO's, "custom-call" for a library's kernel.
     """
 
     kind: KernelKind
@@ -27,6 +27,7 @@ class Kernel:
     scope: str
     output: str
     operands: tuple[str, ...] = ()
+    op: str = "fusion"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _launched(computations: dict[str, list[re.Match[str]]], name: str) -> list[K
             kind = "fp8_matmul" if all(f.startswith("f8") for f in factors) else "matmul"
         # a rewritten instruction may have lost its own name: what it is computed from tells where it is from
         scope = scopes[instruction["name"]] or next((scopes[n] for n in _operand_names(rest) if scopes.get(n)), "")
-        kernels.append(Kernel(kind, instruction["name"], scope, _LAYOUT.sub("", instruction["type"]), factors))
+        kernels.append(Kernel(kind, instruction["name"], scope, _LAYOUT.sub("", instruction["type"]), factors, op))
     return kernels
 
 

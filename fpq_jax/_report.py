@@ -12,7 +12,6 @@ import jax
 from fpq_jax._pipeline import LinearResult
 from fpq_jax._qtensor import QTensor
 from fpq_jax._tree import Flat
-from fpq_jax.models import params_of
 
 VERSION = 1
 _PACKAGES = ("fpq-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
@@ -35,11 +34,6 @@ def bits_per_weight(params: Flat) -> float:
     """Bits that the quantized Linears store (codes, scales, exponents, low-rank factors) over their weights."""
     quantized = [leaf for leaf in params.values() if isinstance(leaf, QTensor)]
     return 8 * sum(q.nbytes for q in quantized) / sum(q.size for q in quantized)
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes of all that a model holds in memory."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params_of(model)))
 
 
 def environment() -> dict[str, Any]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model
+from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model, stored_bytes
 from fpq_jax._console import console, progress, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import KvCache, cache_dtype
 from fpq_jax._perplexity import perplexity
-from fpq_jax._report import VERSION, environment, shortened, size_text, weight_bytes, write_report
+from fpq_jax._report import VERSION, environment, shortened, size_text, write_report
 from fpq_jax._residency import Residency
 from fpq_jax._text import (
     Windows,
@@ -23,6 +23,7 @@ from fpq_jax._text import (
     load_tokenizer,
     window_length,
 )
+from fpq_jax.models import params_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ def main(options: Options) -> None:
     model = load(folder, dtype=options.dtype, expand=options.expand)
     dtype = None if options.kv_cache == "model" else cache_dtype(model, options.kv_cache)
     texts = _texts(options, folder, quantized, model.config)
-    console.print(f"{size_text(weight_bytes(model))} of weights in memory")
+    weight_bytes = stored_bytes(params_of(model))
+    console.print(f"{size_text(weight_bytes)} of weights in memory")
     rows = {}
     which = "quantized" if quantized else "original"
     console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
@@ -75,7 +77,7 @@ def main(options: Options) -> None:
             "model": "demo" if options.model is None else options.model,
             "expand": options.expand,
             "kv_cache": options.kv_cache,
-            "weight_bytes": weight_bytes(model),
+            "weight_bytes": weight_bytes,
             "perplexity": rows,
             "seconds": round(time.perf_counter() - began, 2),
             **environment(),

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpq_jax._checkpoint import load, resolve_model
+from fpq_jax._checkpoint import load, resolve_model, stored_bytes
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import Generator, KvCache, Sampling
-from fpq_jax._report import size_text, weight_bytes
+from fpq_jax._report import size_text
 from fpq_jax._residency import Residency
 from fpq_jax._text import load_tokenizer
+from fpq_jax.models import params_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,11 @@ def main(options: Options) -> None:
     )
     shown.finish()
     prompt_tokens, new_tokens = (sum(map(len, rows)) for rows in (shown.prompts, result.tokens))
-    steps, seconds = result.decode_steps, result.decode_seconds
-    speed = f"{steps * len(options.prompt) / seconds:.1f} tokens/s" if steps else "no further step"
+    decoded = new_tokens - sum(map(bool, result.tokens))  # the first of each row is the prefill's
+    speed = f"{decoded / result.decode_seconds:.1f} tokens/s" if decoded > 0 else "no further step"
     console.print(
         f"\n{prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {new_tokens} new tokens: {speed}; "
-        f"{size_text(weight_bytes(model))} of weights, {size_text(result.cache_bytes)} of key-value cache",
+        f"{size_text(stored_bytes(params_of(model)))} of weights, {size_text(result.cache_bytes)} of key-value cache",
         markup=False,
     )
 

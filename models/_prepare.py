@@ -30,12 +30,13 @@ def prepare(model: Any, expand: str = "load", *, attention: str = "xla") -> Any:
 
 def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
     """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes."""
-    for _, module in list(nnx.iter_modules(model)):
-        if isinstance(module, Block):
-            for name, parts in module.MERGED.items():
-                _merge(module, name, parts)
-        if hasattr(module, "implementation"):
-            module.implementation = attention
+    # blocks alone: a list of all modules would hold what is replaced until the end
+    blocks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Block)]
+    for block in blocks:
+        for name, parts in block.MERGED.items():
+            _merge(block, name, parts)
+        if hasattr(block, "implementation"):
+            block.implementation = attention
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear | MergedLinear):
             kernel = _computed(lambda kernel: resident(kernel, expand), module.kernel.get_value())

@@ -39,10 +39,10 @@ class Part(NamedTuple):
 
 PARTS = {
     "correctness": Part(correctness.run, correctness.table, 70),
-    "generation": Part(generation.run, generation.table, 120, generation.predictions),
-    "gptq": Part(gptq.run, gptq.table, 60, gptq.predictions),
-    "linears": Part(linears.run, linears.table, 120, linears.predictions),
-    "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 90),
+    "generation": Part(generation.run, generation.table, 110, generation.predictions),
+    "gptq": Part(gptq.run, gptq.table, 50, gptq.predictions),
+    "linears": Part(linears.run, linears.table, 110, linears.predictions),
+    "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 100),
 }
 console = Console(highlight=False, soft_wrap=True)
 
@@ -67,8 +67,11 @@ def main(arguments: argparse.Namespace) -> int:
         "sizes": dataclasses.asdict(sizes),
         "datasheet": DATASHEET,
         **environment(),
-        "ceilings": measured_ceilings(sizes.repeats),
     }
+    try:
+        result["ceilings"] = measured_ceilings(sizes.repeats)
+    except Exception as error:  # shares are of the datasheet's then, and the result says so
+        result |= {"ceilings": DATASHEET, "note": f"ceilings not measured: {type(error).__name__}: {str(error)[:200]}"}
     console.print("measured ceilings:", {name: round(value, 1) for name, value in result["ceilings"].items()})
     failed = False
     for name in arguments.parts or PARTS:

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
 from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, prepare, quantize_array
@@ -151,3 +152,21 @@ def test_decoding_equals_the_whole_forward_where_no_code_can_turn(tiny_llama):
         for i, token in enumerate(prompt + new):
             logits, cache = step(jnp.asarray([[token]]), cache, jnp.asarray([i]))
             np.testing.assert_allclose(logits[0, 0], whole[i], atol=2e-5 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize("config", [TINY_CONFIG, OPT_CONFIG], ids=["llama", "opt"])
+def test_a_longest_position_that_is_no_round_number(tmp_path, config):
+    """OPT has no embedding of what is behind its last position."""
+    config = config | {"max_position_embeddings": 100}
+    model = load(write_checkpoint(tmp_path / "m", config, random_tensors(config)))
+    prompts = [list(range(1, 71)), list(range(3, 93)), [5, 6]]
+    rows = Generator(model)(prompts, max_new_tokens=20).tokens
+    assert [len(row) for row in rows] == [20, 11, 20]
+    for prompt, new in zip(prompts, rows, strict=True):
+        logits = np.asarray(model(jnp.asarray([prompt + new[:-1]])))[0, len(prompt) - 1 :]
+        assert new == np.argmax(logits, axis=-1).tolist()
+
+
+def test_an_unknown_cache_is_said(tiny_llama):
+    with pytest.raises(FpqError, match="kv_cache is 'fp8'; it must be model or float8"):
+        Generator(load(tiny_llama), kv_cache="fp8")

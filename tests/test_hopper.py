@@ -1,6 +1,5 @@
 """The proof that products run on FP8 tensor cores: programs compiled for an H100 on this machine."""
 
-import dataclasses
 import math
 import re
 from functools import cache
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import abstract_quantized
 
-from fpq_jax import E4M3, FpqError, QuantSpec, compile_for_hopper, hopper, linear, lorc, quantize_array
+from fpq_jax import FpqError, QuantSpec, compile_for_hopper, hopper, linear, lorc, quantize_array
 from fpq_jax._residency import resident
 
 pytestmark = pytest.mark.usefixtures("hopper_compiler")
@@ -275,9 +274,20 @@ def test_a_missing_compiler_is_said(monkeypatch):
         compile_for_hopper(lambda x: x, jnp.ones(3))
 
 
+def test_fast_accumulation_is_asked_for_unless_precision_is():
+    shape = (4096, 4096)
+    q = abstract_weight(shape, SPECS["w8a8"])
+    precision = lambda program: re.search(r'"operand_precision":\[([^\]]*)\]', program.hlo)[1]
+    assert precision(compiled_linear(16, shape, q)) == '"DEFAULT","DEFAULT"'
+    with jax.default_matmul_precision("highest"):
+        assert precision(compiled_linear(16, shape, q)) == '"HIGHEST","HIGHEST"'
+
+
 def test_formats_without_an_fp8_product_show_as_what_they_are():
     shape = (4096, 4096)
     free = compiled_linear(16, shape, abstract_weight(shape, QuantSpec()))
     assert not free.matmuls("fp8_matmul") and len(free.matmuls("matmul")) == 1
-    mixed = abstract_weight(shape, dataclasses.replace(SPECS["w8a8"], activation=E4M3))
-    assert len(compiled_linear(16, shape, mixed).matmuls("fp8_matmul")) == 1
+    for weight, activation, products in (("e5m2", "e4m3", 1), ("e4m3", "e5m2", 1), ("e5m2", "e5m2", 0)):
+        spec = QuantSpec(format=weight, activation=activation, group_size="channel")
+        compiled = compiled_linear(16, shape, abstract_weight(shape, spec))
+        assert len(compiled.matmuls("fp8_matmul")) == products and len(compiled.matmuls("matmul")) == 1 - products

@@ -1,8 +1,11 @@
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fpq_jax.models import abstract_model, params_of, with_params
+from fpq_jax.models import _prepare, abstract_model, params_of, prepare_in_place, with_params
 
 from fpq_jax import FpqError, QuantSpec, load, lorc, prepare, quantize_array, save
 
@@ -82,3 +85,22 @@ def test_unknown_options_are_said(tiny_llama):
     with pytest.raises(FpqError, match="attention is 'flash'; it must be xla or cudnn"):
         prepare(model, attention="flash")
     assert {m.self_attn.implementation for m in prepare(model, attention="cudnn").layers} == {"cudnn"}
+
+
+def test_what_is_replaced_in_place_is_freed_layer_by_layer(tiny_llama):
+    model = prepare_in_place(quantized(load(tiny_llama)), "load")
+    assert model.prepared
+    seen = []
+    model = quantized(load(tiny_llama))
+    held = [weakref.ref(layer.self_attn.q_proj) for layer in model.layers]
+    merge = _prepare._merge
+
+    def watched(block, name, parts):
+        gc.collect()
+        seen.append(sum(ref() is not None for ref in held))
+        merge(block, name, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_prepare, "_merge", watched)
+        prepare_in_place(model, "load")
+    assert seen[0] == 2 and seen[-1] <= 1

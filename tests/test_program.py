@@ -60,6 +60,7 @@ def test_kernels_and_the_products_among_them():
         "jit(f)/dot_general",
         "(f32[256,32], s8[4194304])",
         ("f8e4m3fn[256,64]", "f8e4m3fn[32,64]"),
+        "custom-call",
     )
     # what lost its name is from where its operand is from
     assert program.matmuls("matmul")[0].scope == "jit(f)/lorc/convert" and not program.matmuls("matmul", but=("lorc",))

@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpq_jax._hopper import ROUTE_OPTIONS as CUBLAS_AND_TRITON
+
 # NVIDIA's datasheet of the H100 SXM, dense: TFLOP/s and GB/s
 DATASHEET = {"fp8": 1979.0, "bf16": 989.0, "fp32": 67.0, "bandwidth": 3350.0}
+# of the second route XLA's autotuner may still choose cuBLAS for a product; the rows say how often it did
 ROUTE_OPTIONS: dict[str, dict[str, Any]] = {
-    "cublas": {"xla_gpu_enable_triton_gemm": False},
+    "cublas": CUBLAS_AND_TRITON["cublas"],
     "triton": {"xla_gpu_enable_triton_gemm": True},
 }
+_LEAST_SECONDS = 0.02  # of work between two looks at the clock, so that a launch and a wait cost little of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Sizes:
     models: dict[str, tuple[int, int, int, int]]
     tokens: tuple[int, ...]
     checked_tokens: tuple[int, ...]
+    checked_linear: tuple[int, int]
     cold_bytes: int  # weights that one timed program reads, more than a cache holds
     prompt: int
     decode: tuple[tuple[int, int], ...]  # (batch, slots of the cache)
@@ -44,6 +49,7 @@ FULL = Sizes(
     },
     tokens=(1, 16, 64, 256, 1024, 4096),
     checked_tokens=(1, 5, 300),
+    checked_linear=(11008, 4096),
     cold_bytes=256 * 2**20,
     prompt=2048,
     decode=((1, 2048), (16, 2048), (64, 1024)),
@@ -57,6 +63,7 @@ TINY = Sizes(
     models={"tiny": (128, 256, 2, 256)},
     tokens=(1, 16),
     checked_tokens=(5,),
+    checked_linear=(640, 256),
     cold_bytes=2**16,
     prompt=32,
     decode=((1, 32), (3, 32)),
@@ -102,14 +109,18 @@ def torch_on_gpu() -> Any:
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:
-    """Best wall time of a call, its results waited for; the first call does not count."""
+    """Best wall time of a call among several that are waited for together; the first call does not count."""
     jax.block_until_ready(run())
-    best = float("inf")
-    for _ in range(repeats):
+
+    def timed(count: int) -> float:
         began = time.perf_counter()
+        for _ in range(count - 1):
+            run()
         jax.block_until_ready(run())
-        best = min(best, time.perf_counter() - began)
-    return best
+        return (time.perf_counter() - began) / count
+
+    count = int(np.clip(_LEAST_SECONDS / timed(1), 1, 100))
+    return min(timed(count) for _ in range(repeats))
 
 
 def torch_seconds_of(run: Callable[[], Any], repeats: int) -> float:

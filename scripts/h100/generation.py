@@ -184,7 +184,9 @@ def _arguments(model: Any, case: Case) -> tuple[Any, ...]:
 
 
 def _compiled(model: Any, case: Case) -> Any:
-    graph, state = nnx.split(model if case.attention == "xla" else prepare(model, attention="cudnn"))
+    graph, state = nnx.split(
+        model if case.attention == "xla" else prepare(model, VARIANTS[case.variant][2], attention="cudnn")
+    )
     jitted = jax.jit(prefill if case.tokens > 1 else step, static_argnums=(0, 1), donate_argnums=4)
     lowered = jitted.lower(graph, GREEDY, state, *jax.eval_shape(lambda: _arguments(model, case)))
     return lowered.compile(compiler_options=compiler_options("cublas"))

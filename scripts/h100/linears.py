@@ -174,9 +174,12 @@ def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[
             continue
         xs = inputs[case.tokens]
         ws = weights[case.variant][: len(xs)]
-        seconds = seconds_of(lambda program=program, xs=xs, ws=ws: program(xs, ws), sizes.repeats) / len(xs)
-        more = {"fp8_products": len(Program.of(program).matmuls("fp8_matmul")) / len(xs)} if on_gpu() else {}
-        rows.append(case.row(seconds, ceilings, **more))
+        try:
+            seconds = seconds_of(lambda program=program, xs=xs, ws=ws: program(xs, ws), sizes.repeats) / len(xs)
+        except Exception as error:  # out of memory: the others go on
+            rows.append(case.row(None, ceilings, note=f"{type(error).__name__}: {str(error)[:200]}"))
+            continue
+        rows.append(case.row(seconds, ceilings, **(_products(program, len(xs)) if on_gpu() else {})))
     weights.clear()
     inputs_copies = {m: len(xs) for m, xs in inputs.items()}
     inputs.clear()
@@ -191,9 +194,23 @@ def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[
             rows.append(case.row(None, ceilings, note="out of time"))
         else:
             count = inputs_copies[case.tokens]
-            seconds = torch_seconds_of(_torch_run(torch, case, count), sizes.repeats) / count
+            try:
+                seconds = torch_seconds_of(_torch_run(torch, case, count), sizes.repeats) / count
+            except Exception as error:  # a shape that torch refuses, or its memory: the others go on
+                rows.append(case.row(None, ceilings, note=f"{type(error).__name__}: {str(error)[:200]}"))
+                continue
             rows.append(case.row(seconds, ceilings))
     return rows
+
+
+def _products(program: Any, count: int) -> dict[str, float]:
+    """FP8 products of one Linear, and how many of all products are cuBLAS's."""
+    inside = Program.of(program)
+    products = [*inside.matmuls("fp8_matmul"), *inside.matmuls("matmul")]
+    return {
+        "fp8_products": len(inside.matmuls("fp8_matmul")) / count,
+        "cublas_products": sum(kernel.op == "custom-call" for kernel in products) / count,
+    }
 
 
 def _torch_run(torch: Any, case: Case, count: int) -> Any:
