@@ -76,3 +76,13 @@ def test_a_part_that_fails_is_said_and_the_others_run(tmp_path, monkeypatch):
     assert h100_suite.main(h100_suite.argparse.Namespace(output=out, **options)) == 1
     result = json.loads(out.read_text())
     assert result["linears"] == [{"note": "RuntimeError: no such kernel"}] and len(result["gptq"]) == 3
+
+
+def test_a_check_that_was_not_made_has_not_passed(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from h100 import common, correctness
+
+    monkeypatch.setattr(correctness, "on_gpu", lambda: True)
+    rows = correctness.run(common.TINY, common.Clock(seconds=0.0), common.DATASHEET)
+    assert len(rows) == 4 and not any(row["passed"] for row in rows)
+    assert correctness.table(rows).count("FAILED | out of time") == 4

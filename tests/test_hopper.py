@@ -177,6 +177,19 @@ def test_one_token_that_is_not_padded_is_no_fp8_product():
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("what", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decoder_layer_by_both_routes(name, what, route):
+    for options in ({"batch": 1}, {"batch": 16}, {"tokens": 2048}):
+        compiled = program(name, what, layers=1, route=route, **options)
+        assert weights_of(compiled.matmuls("fp8_matmul")) == sorted(PRODUCTS[name])
+        assert not compiled.matmuls("matmul", but=("attention", "head"))
+        assert not weight_shaped(compiled, name)
+        if "batch" in options:
+            assert compiled.temp_bytes < SMALLEST_WEIGHT
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decode_step_of_a_whole_model(name, route):
     compiled = program(name, "w4a8", rank=8, batch=16, route=route, ptx=route == "triton")

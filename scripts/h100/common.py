@@ -228,13 +228,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def time_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return (
-        f"{seconds * 1e6:.1f} us"
-        if seconds < 1e-3
-        else f"{seconds * 1e3:.2f} ms"
-        if seconds < 1
-        else f"{seconds:.2f} s"
-    )
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
 def ratio_text(above: float | None, below: float | None) -> str:
