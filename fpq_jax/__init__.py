@@ -34,6 +34,7 @@ from fpq_jax._gptq import gptq, gptq_with_stats, hessian
 from fpq_jax._hopper import compile_for_hopper, hopper
 from fpq_jax._linear import linear
 from fpq_jax._lorc import lorc
+from fpq_jax._mesh import make_mesh
 from fpq_jax._program import Kernel, Program
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, quantize_array
 from fpq_jax._recipe import Recipe
@@ -77,6 +78,7 @@ __all__ = [
     "linear",
     "load",
     "lorc",
+    "make_mesh",
     "pack",
     "prepare",
     "quantize_array",

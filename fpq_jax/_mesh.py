@@ -1,0 +1,63 @@
+"""Devices as a mesh of two axes: "data" divides what is computed on, "model" the weights.
+
+Quantizing and evaluating hold one layer at a time and divide windows over all devices, both axes alike; generation
+divides rows over "data" and weights over "model".
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fpq_jax._errors import FpqError
+
+DATA, MODEL = "data", "model"
+AXES = (DATA, MODEL)
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of the first ``data`` * ``model`` devices, those of one "model" group beside each other. FpqError if there
+    are not so many, or if processes would be left without one."""
+    if data < 1 or model < 1:
+        raise FpqError(f"The mesh data={data},model={model} is empty; each axis needs at least 1.")
+    devices = jax.devices()
+    count = data * model
+    if count > len(devices) or (jax.process_count() > 1 and count != len(devices)):
+        raise FpqError(
+            f"The mesh data={data},model={model} needs {count} devices and there are {len(devices)}"
+            f"{f' in {jax.process_count()} processes, which must all have a part' if jax.process_count() > 1 else ''}; "
+            "name axes whose product fits."
+        )
+    return Mesh(np.array(devices[:count]).reshape(data, model), AXES)
+
+
+def parse_mesh(text: str | None) -> Mesh:
+    """The mesh that "data=4,model=2" (an axis may be left out) describes; None: all processes' devices as data, or,
+    in one process, its first device."""
+    if text is None:
+        return make_mesh(data=len(jax.devices()) if jax.process_count() > 1 else 1)
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name.strip() not in AXES or not size.strip().isdigit() or name.strip() in sizes:
+            raise FpqError(f"--mesh is {text!r}; write it as data=4,model=2.")
+        sizes[name.strip()] = int(size)
+    return make_mesh(**sizes)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """FpqError for a mesh without the two axes."""
+    if tuple(mesh.axis_names) != AXES:
+        raise FpqError(f"The mesh has axes {', '.join(map(str, mesh.axis_names))}; make one with fpq_jax.make_mesh.")
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """As ``parse_mesh`` reads it."""
+    return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def rounded_up(count: int, mesh: Mesh) -> int:
+    """``count`` up to a multiple of the mesh's devices."""
+    devices = math.prod(mesh.devices.shape)
+    return -(-count // devices) * devices
