@@ -2,19 +2,17 @@
 
 A directory that quantize wrote holds
 
-    params/       the arrays, an Orbax checkpoint of {path: {part: array}}
+    params/       the arrays, an Orbax checkpoint for each part: embedding, layers.0, ..., head
     fpq.json      what arrays cannot say: version, each QTensor's spec and shape, every array's shape and dtype
     config.json   the model's, with the tokenizer's files, recipe.yaml and report.json
 
 and appears under its name only when all of it is written.
 """
 
-import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,25 +20,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fpq_jax._atomic import write_json
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
-from fpq_jax._qtensor import LowRank, QTensor
+from fpq_jax._parts import Entry, PartsWriter, Sharding, abstract_part, read_part
+from fpq_jax._qtensor import QTensor
 from fpq_jax._residency import Residency, check_residency
-from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
+from fpq_jax._unfinished import is_unfinished
 from fpq_jax.models import (
-    build_model,
+    HfCheckpoint,
+    abstract_model,
     model_class_of,
     open_checkpoint,
     params_of,
+    part_names,
+    part_of,
     prepare_in_place,
     read_config,
     to_hf_config,
+    with_params,
 )
 
-VERSION = 1
+VERSION = 2
 _MANIFEST = "fpq.json"
-_PARAMS = "params"
 _SIDECARS = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template.jinja")
 _HUB_FILES = ["*.json", "tokenizer.model", "*.txt"]
 
@@ -50,6 +53,8 @@ def resolve_model(model: str | Path | None) -> Path:
     if model is None or is_demo(model):
         return demo_model_path(model)
     if Path(model).exists():
+        if is_unfinished(Path(model)):
+            raise FpqError(f"{model} is an unfinished run; start its quantize command again to finish it.")
         return Path(model)
     name = str(model)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -76,6 +81,44 @@ def is_quantized_dir(folder: Path) -> bool:
     return (folder / _MANIFEST).is_file()
 
 
+def _one_device(path: str, part: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+class QuantizedCheckpoint:
+    """A directory that quantize (or ``save``) wrote, to be read part by part. FpqError if it is damaged."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = read_config(folder)
+        self.model_class = model_class_of(self.config)
+        self.model_config = self.model_class.Config.from_hf(self.config)
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            version = manifest["version"]
+            if version != VERSION:
+                raise FpqError(f"{folder} has format version {version}; this fpq_jax reads version {VERSION}.")
+            self.entries: dict[str, Entry] = {name: manifest["parts"][name] for name in part_names(self.model_config)}
+            abstract = [abstract_part(entry) for entry in self.entries.values()]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise FpqError(f"{folder / _MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+        self.abstract: Flat = {path: leaf for part in abstract for path, leaf in part.items()}
+        plain = [str(leaf.dtype) for leaf in self.abstract.values() if not isinstance(leaf, QTensor)]
+        self.dtype = jnp.dtype(max(set(plain), key=plain.count))
+
+    def read_part(self, name: str, dtype: Any = None, sharding: Sharding = _one_device) -> Flat:
+        """The parameters of a part, what is not quantized in ``dtype``, by default as stored."""
+        params = read_part(self.folder, name, self.entries[name], sharding)
+        if dtype is None:
+            return params
+        return {path: v if isinstance(v, QTensor) else v.astype(dtype) for path, v in params.items()}
+
+
+def open_model(folder: Path) -> QuantizedCheckpoint | HfCheckpoint:
+    """A model's folder of either kind, opened and checked."""
+    return QuantizedCheckpoint(folder) if is_quantized_dir(folder) else open_checkpoint(folder)
+
+
 def save(directory: str | Path, model: Any) -> None:
     """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything."""
     if model.prepared:
@@ -83,7 +126,7 @@ def save(directory: str | Path, model: Any) -> None:
     config = to_hf_config(model)
     with new_directory(Path(directory)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_params(folder, params_of(model))
+        write_params(folder, type(model), params_of(model))
 
 
 def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None) -> Any:
@@ -96,18 +139,14 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
     """
     if expand is not None:
         check_residency(expand)
-    folder = resolve_model(directory)
-    if is_quantized_dir(folder):
-        config = read_config(folder)
-        model_class = model_class_of(config)
-        model_config, params = model_class.Config.from_hf(config), read_params(folder)
-        if dtype is not None:
-            params = {p: v if isinstance(v, QTensor) else v.astype(dtype) for p, v in params.items()}
-    else:
-        checkpoint = open_checkpoint(folder)
-        model_class, model_config = checkpoint.model_class, checkpoint.model_config
-        params = checkpoint.read(jnp.dtype(dtype or checkpoint.dtype))
-    model = build_model(model_class, model_config, params)
+    checkpoint = open_model(resolve_model(directory))
+    if dtype is None and isinstance(checkpoint, HfCheckpoint):
+        dtype = checkpoint.dtype
+    params: Flat = {}
+    for name in part_names(checkpoint.model_config):
+        # on the device part by part: the host holds one layer at a time
+        params |= jax.tree.map(jnp.asarray, checkpoint.read_part(name, dtype))
+    model = with_params(abstract_model(checkpoint.model_class, checkpoint.model_config), params)
     del params  # so that what preparing replaces is freed
     return model if expand is None else prepare_in_place(model, expand)
 
@@ -148,94 +187,34 @@ def _umask() -> int:
 
 def copy_sidecars(source: Path, folder: Path) -> None:
     """Copy config.json and the tokenizer's files, without which arrays are no model."""
-    for file in (f for pattern in _SIDECARS for f in source.glob(pattern) if f.is_file()):
+    for file in sidecars(source):
         shutil.copyfile(file, folder / file.name)
 
 
-def write_params(folder: Path, params: Flat) -> None:
+def sidecars(folder: Path) -> list[Path]:
+    """config.json and the tokenizer's files."""
+    return sorted({f for pattern in _SIDECARS for f in folder.glob(pattern) if f.is_file()})
+
+
+def write_params(folder: Path, model_class: Any, params: Flat) -> None:
     """Write params/ and fpq.json."""
-    import orbax.checkpoint as ocp
-
-    arrays = {path: _parts(leaf) for path, leaf in params.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute() / _PARAMS, jax.tree.map(jnp.asarray, arrays))
-    manifest = {
-        "version": VERSION,
-        "quantized": {path: _facts(q) for path, q in params.items() if isinstance(q, QTensor)},
-        "arrays": {
-            path: {part: {"shape": list(a.shape), "dtype": str(a.dtype)} for part, a in parts.items()}
-            for path, parts in arrays.items()
-        },
-    }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def read_params(folder: Path) -> Flat:
-    """What ``write_params`` wrote, on the default device. FpqError for a directory that is damaged."""
-    import orbax.checkpoint as ocp
-
+    parts: dict[str, Flat] = {}
+    for path, leaf in params.items():
+        parts.setdefault(part_of(model_class, path), {})[path] = leaf
+    writer = PartsWriter(folder)
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["version"]
-        if version != VERSION:
-            raise FpqError(f"{folder} has format version {version}; this fpq_jax reads version {VERSION}.")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = {
-            path: {
-                part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=device)
-                for part, a in parts.items()
-            }
-            for path, parts in manifest["arrays"].items()
-        }
-        quantized = {path: _from_facts(facts) for path, facts in manifest["quantized"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise FpqError(f"{folder / _MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(folder.absolute() / _PARAMS, target)
-    except Exception as error:  # orbax and tensorstore raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FpqError(
-            f"The arrays in {folder / _PARAMS} cannot be read; the directory is damaged ({reason})."
-        ) from error
-    return {path: _leaf(parts, quantized.get(path)) for path, parts in arrays.items()}
+        entries = {name: writer.write(name, part) for name, part in parts.items()}
+        writer.wait()
+    finally:
+        writer.close()
+    write_manifest(folder, entries)
+
+
+def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
+    """Write fpq.json, which makes the folder a model."""
+    write_json(folder / _MANIFEST, {"version": VERSION, "parts": entries})
 
 
 def stored_bytes(params: Flat) -> int:
-    """Bytes of all arrays."""
-    return sum(array.nbytes for array in jax.tree.leaves(params))
-
-
-_ARRAYS = [f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static") and f.name != "low_rank"]
-
-
-def _parts(leaf: Any) -> dict[str, Any]:
-    """The arrays of a parameter by name; a plain array is called "value"."""
-    if not isinstance(leaf, QTensor):
-        return {"value": leaf}
-    parts = {name: getattr(leaf, name) for name in _ARRAYS}
-    if leaf.low_rank is not None:
-        parts |= {f"low_rank_{f.name}": getattr(leaf.low_rank, f.name) for f in dataclasses.fields(LowRank)}
-    return {name: array for name, array in parts.items() if array is not None}
-
-
-def _leaf(parts: dict[str, Any], make: Callable[..., QTensor] | None) -> Any:
-    """The inverse of ``_parts``."""
-    if make is None:
-        return parts["value"]
-    low_rank = None
-    if "low_rank_a" in parts:
-        low_rank = LowRank(parts["low_rank_a"], parts["low_rank_b"], parts.get("low_rank_scale"))
-    return make(low_rank=low_rank, **{name: parts.get(name) for name in _ARRAYS})
-
-
-def _facts(q: QTensor) -> dict[str, Any]:
-    """A QTensor's static facts as JSON."""
-    return {"shape": list(q.shape), **q.spec.to_dict()}
-
-
-def _from_facts(facts: dict[str, Any]) -> Callable[..., QTensor]:
-    facts = dict(facts)
-    shape = tuple(facts.pop("shape"))
-    spec = QuantSpec(**facts)
-    return lambda **arrays: QTensor(spec=spec, shape=shape, **arrays)
+    """Bytes of all arrays, or of what shapes stand for."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

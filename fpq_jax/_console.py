@@ -44,8 +44,8 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
         main(parsed)
     except FpqError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("Interrupted; nothing unfinished was written.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "Interrupted; nothing unfinished was written.", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno is None:

@@ -276,7 +276,13 @@ def output_error(
     w: Float[Array, "in out"], approximation: Float[Array, "in out"], hessian: Float[Array, "in in"]
 ) -> Float[Array, ""]:
     """Relative squared error of the outputs, tr(D^T H D) / tr(W^T H W); 0 where the outputs are all zero."""
-    w = w.astype(jnp.float32)
-    d = w - approximation.astype(jnp.float32)
-    lost, total = (jnp.sum(_dot(hessian, m) * m) for m in (d, w))
+    lost, total = (jnp.sum(column_errors(w, a, hessian)) for a in (approximation, jnp.zeros_like(w)))
     return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def column_errors(
+    w: Float[Array, "in out"], approximation: Float[Array, "in out"], hessian: Float[Array, "in in"]
+) -> Float[Array, " out"]:
+    """Mean squared error of each output, the diagonal of D^T H D."""
+    d = w.astype(jnp.float32) - approximation.astype(jnp.float32)
+    return jnp.sum(_dot(hessian, d) * d, axis=0)

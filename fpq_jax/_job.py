@@ -3,21 +3,33 @@
 The command quantize runs one recipe on it; the scripts that compare recipes run many.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fpq_jax._checkpoint import is_quantized_dir, resolve_model, stored_bytes
+from fpq_jax._atomic import files_digest
+from fpq_jax._checkpoint import is_quantized_dir, resolve_model, sidecars, stored_bytes
 from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
-from fpq_jax._perplexity import Perplexity, perplexity
-from fpq_jax._pipeline import LinearResult, linears, quantize_checkpoint
+from fpq_jax._layerwise import Skeleton, everywhere, windows_at_once
+from fpq_jax._mesh import make_mesh, mesh_text
+from fpq_jax._perplexity import Perplexity, Reader, steps, streamed_perplexities
+from fpq_jax._pipeline import linears, quantize_checkpoint
 from fpq_jax._recipe import Recipe
-from fpq_jax._report import ROW_TITLE, VERSION, bits_per_weight, environment, layer_row, row_text
+from fpq_jax._report import ROW_TITLE, VERSION, bits_per_weight, code_digest, environment, layer_row, row_text
+from fpq_jax._solve import LinearResult
 from fpq_jax._text import (
     CalibrationText,
     Windows,
@@ -28,8 +40,8 @@ from fpq_jax._text import (
     tail_name,
     window_length,
 )
-from fpq_jax._tree import Flat
-from fpq_jax.models import HfCheckpoint, build_model, open_checkpoint, prepare_in_place
+from fpq_jax._unfinished import Unfinished
+from fpq_jax.models import HfCheckpoint, open_checkpoint, part_names
 
 
 def default_calibration(model: str | None) -> str:
@@ -42,6 +54,8 @@ class Job:
     """What is quantized, on which text, and where it is measured. Made by ``prepare``."""
 
     checkpoint: HfCheckpoint
+    digest: str  # of the model's weights and configuration
+    mesh: Mesh
     model_name: str
     dtype: jnp.dtype
     calibration_spec: str
@@ -65,6 +79,7 @@ class Job:
         max_windows: int | None,
         dtype: DTypeLike | None,
         seed: int,
+        mesh: Mesh | None = None,
         name: str | None = None,
     ) -> "Job":
         """Read everything a run of ``recipes`` needs but the weights; the arguments are the command's options.
@@ -84,6 +99,8 @@ class Job:
         checkpoint = open_checkpoint(folder)
         for recipe in recipes:
             recipe.for_linears(linears(checkpoint).values())
+        with progress("reading the weights once", len(checkpoint.shapes)) as advance:
+            digest = checkpoint.digest(advance)
         config = checkpoint.model_config
         length = window_length(seq_len, config.max_position_embeddings)
         tokenizer = load_tokenizer(folder)
@@ -103,6 +120,8 @@ class Job:
             evaluation[tail_name(calibration_spec)] = text.tail
         return cls(
             checkpoint=checkpoint,
+            digest=digest,
+            mesh=mesh or make_mesh(),
             model_name=name or ("demo" if model is None else model),
             dtype=jnp.dtype(dtype or checkpoint.dtype),
             calibration_spec=calibration_spec,
@@ -114,49 +133,121 @@ class Job:
             first_layer={} if len(recipes) > 1 else None,
         )
 
-    def read(self) -> Flat:
-        """The unquantized parameters."""
-        return self.checkpoint.read(self.dtype)
+    def facts(self, recipe: Recipe | None) -> dict[str, Any]:
+        """All that a recipe's run (None: the unquantized model's evaluation) depends on: equal facts, equal bits."""
+        return {
+            "model": self.digest,
+            "tokenizer": files_digest(sidecars(self.checkpoint.folder)),
+            "calibration": _digest(self.calibration.windows),
+            "evaluation": {spec: _digest(windows) for spec, windows in self.evaluation.items()},
+            "recipe": recipe and self.recipe_for_model(recipe).to_dict(),
+            "dtype": str(self.dtype),
+            "seed": self.seed,
+            "mesh": mesh_text(self.mesh),
+            "processes": jax.process_count(),
+            "version": code_digest(),
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
 
-    def perplexities(self, params: Flat, which: str) -> dict[str, Perplexity]:
-        """Perplexity of the model with these parameters on each evaluation text."""
-        model = build_model(self.checkpoint.model_class, self.checkpoint.model_config, params)
-        model = prepare_in_place(model, "load")
-        values = {}
-        for spec, windows in self.evaluation.items():
-            with progress(f"{which}: perplexity on {spec}", len(windows)) as advance:
-                values[spec] = perplexity(model, windows, advance)
-        return values
+    @contextmanager
+    def store(self, recipe: Recipe, output: Path | None) -> Iterator[Unfinished]:
+        """Where the run's parts are kept: the progress towards ``output``, or a folder that vanishes."""
+        with ExitStack() as stack:
+            if output is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fpq-")))
+                store = Unfinished(folder / "model", {})
+            else:
+                store = Unfinished(output, self.facts(recipe))
+            stack.callback(store.close)
+            yield store
+
+    def original(self, store: Unfinished | None = None) -> dict[str, Perplexity]:
+        """Perplexity of the unquantized model on each evaluation text, kept in the store."""
+        kept = None if store is None else store.measured("original")
+        if kept is None:
+            read = lambda name: self.checkpoint.read_part(name, self.dtype)
+            measured = self._perplexities(read, "original", read_ahead=True)
+            if store is not None:
+                store.keep("original", {spec: list(value) for spec, value in measured.items()})
+            return measured
+        return {spec: Perplexity(*value) for spec, value in kept.items()}
+
+    def quantized(self, store: Unfinished) -> dict[str, Perplexity]:
+        """The same of the model whose parts are in the store."""
+        read = lambda name: store.read(name, everywhere(self.mesh))
+        # a barrier of Orbax beside the layers' programs could be met in another order by another process
+        return self._perplexities(read, "quantized", read_ahead=jax.process_count() == 1)
+
+    def _perplexities(self, read: Reader, which: str, read_ahead: bool) -> dict[str, Perplexity]:
+        windows = sum(len(w) for w in self.evaluation.values())
+        at_once = windows_at_once(windows, next(iter(self.evaluation.values())).shape[1], self._skeleton, self.mesh)
+        total = steps(self.checkpoint.model_config, windows, at_once)
+        with progress(f"{which}: perplexity on {', '.join(self.evaluation)}", total) as advance:
+            return streamed_perplexities(
+                self._skeleton,
+                read,
+                self.evaluation,
+                self.mesh,
+                at_once=at_once,
+                read_ahead=read_ahead,
+                advance=advance,
+            ).perplexities
+
+    @property
+    def _skeleton(self) -> Skeleton:
+        return Skeleton(self.checkpoint.model_class, self.checkpoint.model_config, self.dtype)
 
     def recipe_for_model(self, recipe: Recipe) -> Recipe:
         """The recipe with what depends on the model's size filled in."""
         return recipe.with_lorc_rank(self.checkpoint.model_config.lorc_rank)
 
-    def quantize(self, recipe: Recipe, *, rows: bool = True) -> tuple[Flat, list[LinearResult]]:
-        """Quantize with a bar over the layers and, with ``rows``, a line for each Linear."""
+    def quantize(self, recipe: Recipe, store: Unfinished, *, rows: bool = True) -> list[LinearResult]:
+        """Quantize into the store, with a bar over the layers and, with ``rows``, a line for each Linear.
+
+        Every Linear's result, those of parts that were finished before among them.
+        """
         samples, length = self.calibration.windows.shape
         what = f"{self.model_name} with {recipe.name}"
         console.print(
             f"Quantizing {what}: {samples} windows of {length} tokens of {self.calibration_spec}", markup=False
         )
+        finished = list(store.parts)
+        if finished:
+            console.print(
+                f"{len(finished)} of {len(part_names(self.checkpoint.model_config))} parts are there already."
+            )
         if rows:
             console.print(ROW_TITLE)
         with progress("layers", self.checkpoint.model_config.num_hidden_layers) as advance:
-            return quantize_checkpoint(
+            advance(sum(name.startswith("layers.") for name in finished))
+            for part in quantize_checkpoint(
                 self.checkpoint,
                 self.recipe_for_model(recipe),
                 self.calibration.windows,
                 self.dtype,
+                self.mesh,
                 seed=self.seed,
+                finished={name: partial(store.read, name, everywhere(self.mesh)) for name in finished},
                 first_layer=self.first_layer,
-                on_linear=lambda result: console.print(row_text(result), markup=False) if rows else None,
-                on_layer=advance,
-            )
+            ):
+                for result in part.results if rows else ():
+                    console.print(row_text(result), markup=False)
+                store.write(
+                    part.name, part.params, results=[asdict(result) for result in part.results], seconds=part.seconds
+                )
+                if part.results:
+                    advance()
+            store.wait()
+        results = [
+            result for name in part_names(self.checkpoint.model_config) for result in store.told(name, "results")
+        ]
+        return [LinearResult(**{**r, "shape": tuple(r["shape"]), "notes": tuple(r["notes"])}) for r in results]
 
     def report(
         self,
         recipe: Recipe,
-        params: Flat,
+        store: Unfinished,
         results: list[LinearResult],
         original: dict[str, Perplexity],
         quantized: dict[str, Perplexity],
@@ -164,6 +255,7 @@ class Job:
     ) -> dict[str, Any]:
         """The report's JSON (see docs/checkpoint.md)."""
         samples, length = self.calibration.windows.shape
+        params = store.abstract()
         return {
             "version": VERSION,
             "model": self.model_name,
@@ -177,6 +269,7 @@ class Job:
             },
             "dtype": str(self.dtype),
             "seed": self.seed,
+            "mesh": dict(self.mesh.shape),
             "perplexity": {
                 spec: {
                     "original": original[spec].value,
@@ -186,8 +279,13 @@ class Job:
                 for spec in self.evaluation
             },
             "layers": [layer_row(result) for result in results],
+            "stages": store.stages(),
             "bits_per_weight": bits_per_weight(params),
             "bytes": {"original": self.checkpoint.nbytes, "quantized": stored_bytes(params)},
             "seconds": round(seconds, 2),
             **environment(),
         }
+
+
+def _digest(windows: np.ndarray) -> str:
+    return hashlib.sha256(f"{windows.shape}".encode() + windows.tobytes()).hexdigest()

@@ -5,6 +5,7 @@ divides rows over "data" and weights over "model".
 """
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -61,3 +62,48 @@ def rounded_up(count: int, mesh: Mesh) -> int:
     """``count`` up to a multiple of the mesh's devices."""
     devices = math.prod(mesh.devices.shape)
     return -(-count // devices) * devices
+
+
+def start_processes() -> None:
+    """Join the other processes of this command, by ``jax.distributed``.
+
+    A cluster that JAX knows (Slurm, Open MPI, Cloud TPU, ...) tells who is who; elsewhere the environment's
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. FpqError if
+    neither does.
+    """
+    numbers = {}
+    for name in ("num_processes", "process_id"):
+        text = os.environ.get(f"JAX_{name.upper()}")
+        if text is not None and not text.isdigit():
+            raise FpqError(f"JAX_{name.upper()} is {text!r}; it must be a number.")
+        numbers[name] = None if text is None else int(text)
+    try:
+        jax.distributed.initialize(**numbers)
+    except (ValueError, RuntimeError) as error:
+        raise FpqError(
+            f"The processes cannot be joined ({str(error).partition(chr(10))[0]}); set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or leave --distributed out."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and keeps records."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """The sum of every process's float64 ``values``, in each of them."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    bits = multihost_utils.process_allgather(values.view(np.int32))  # JAX would round float64
+    return np.asarray(bits).view(np.float64).sum(axis=0)

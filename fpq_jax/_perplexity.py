@@ -1,7 +1,7 @@
 """Perplexity over whole windows: every token of a window but its first is predicted (GPTQ's protocol)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,12 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
+from fpq_jax._layerwise import Batches, CacheShape, Skeleton, ahead, embed, forward, losses, replicate, token_losses
+from fpq_jax._mesh import make_mesh, sum_over_processes
+from fpq_jax._tree import Flat, below
+from fpq_jax.models import EMBEDDING, HEAD, params_of, part_names, prepare_in_place, with_params
 
-_TOKENS_PER_BATCH = 8192
+_Advance = Callable[[int], None]
+Reader = Callable[[str], Flat]  # the parameters of a part, by path
 
 
 class Perplexity(NamedTuple):
@@ -24,55 +29,110 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-def batches(windows: Int[np.ndarray, "N L"], size: int) -> list[tuple[np.ndarray, int]]:
-    """Equal batches of windows and how many rows of each are real; the last one is filled up with its first row."""
-    result = []
-    for start in range(0, len(windows), size):
-        batch = windows[start : start + size]
-        filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
-        result.append((filled, len(batch)))
-    return result
-
-
-def batch_size(num_windows: int, length: int) -> int:
-    """Windows per batch for about ``_TOKENS_PER_BATCH`` tokens."""
-    return max(1, min(num_windows, _TOKENS_PER_BATCH // length))
-
-
-def perplexity(
-    model: Any,
-    windows: Int[np.ndarray, "N L"],
-    advance: Callable[[int], None] | None = None,
-    *,
-    cache_dtype: DTypeLike | None = None,
-) -> Perplexity:
-    """Perplexity of ``model(tokens) -> logits`` on ``windows``; ``advance`` is told how many windows are done.
-
-    With ``cache_dtype`` keys and values are what a cache of that dtype gives back, as in generation.
-    """
+def perplexity(model: Any, windows: Int[np.ndarray, "N L"], advance: _Advance | None = None) -> Perplexity:
+    """Perplexity of ``model(tokens) -> logits`` on ``windows``; ``advance`` is told how many windows are done."""
     graph, state = nnx.split(model)
-    total, tokens = 0.0, 0
-    for batch, real in batches(windows, batch_size(*windows.shape)):
-        losses = np.asarray(_token_losses(graph, cache_dtype, state, jnp.asarray(batch)))[:real]
-        total += float(losses.sum(dtype=np.float64))
-        tokens += losses.size
+    batches = Batches.of(windows, make_mesh())
+    sums = np.zeros(len(windows))
+    for tokens, real, index in zip(batches.tokens, batches.real, batches.index, strict=True):
+        found = np.asarray(_token_losses(graph, state, jnp.asarray(tokens)))
+        sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
         if advance is not None:
-            advance(real)
+            advance(int(real.sum()))
+    return _of(sums, windows.shape[1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _token_losses(graph: Any, state: Any, tokens: Int[Array, "B L"]) -> Float[Array, "B L-1"]:
+    return losses(nnx.merge(graph, state)(tokens), tokens)
+
+
+def _of(sums: np.ndarray, length: int) -> Perplexity:
+    """From each window's sum of losses."""
+    total, tokens = float(sums.sum()), len(sums) * (length - 1)
     if not math.isfinite(total):
         raise FpqError("The model's loss is not a finite number; its activations overflow (try --dtype float32).")
     return Perplexity(math.exp(total / tokens), tokens)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _token_losses(
-    graph: Any, cache_dtype: DTypeLike | None, state: Any, tokens: Int[Array, "B L"]
-) -> Float[Array, "B L-1"]:
-    """Negative log-likelihood of each token but the first, in float32."""
-    model = nnx.merge(graph, state)
-    if cache_dtype is None:
-        logits = model(tokens)
-    else:
-        logits, _ = model(tokens, model.init_cache(*tokens.shape, cache_dtype))
-    logits = logits[:, :-1].astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+class Streamed(NamedTuple):
+    """Perplexity by text, and the bytes of all weights as they were in memory, one layer after the other."""
+
+    perplexities: dict[str, Perplexity]
+    weight_bytes: int
+
+
+def streamed_perplexities(
+    skeleton: Skeleton,
+    read: Reader,
+    texts: Mapping[str, Int[np.ndarray, "N L"]],
+    mesh: Mesh,
+    *,
+    expand: str = "load",
+    cache: CacheShape | None = None,
+    at_once: int | None = None,
+    read_ahead: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> Streamed:
+    """Perplexity of a model whose parts are read one after the other, on texts of windows of one length.
+
+    Windows are divided over the mesh. ``expand`` is the weights' form, see ``prepare``; with ``cache`` keys and values
+    are what such a cache gives back, as in generation. ``at_once`` windows' hidden states are kept on the host; for
+    more than that, the model is read again. ``advance`` is called behind each of ``steps`` layers.
+    """
+    windows = np.concatenate(list(texts.values()))
+    sums, weight_bytes = np.zeros(len(windows)), 0
+    at_once = at_once or len(windows)
+    for start in range(0, len(windows), at_once):
+        found, weight_bytes = _losses_of(
+            skeleton, read, windows[start : start + at_once], mesh, expand, cache, read_ahead, advance
+        )
+        sums[start : start + at_once] = found
+    ends = np.cumsum([len(w) for w in texts.values()])
+    each = zip(texts.items(), np.split(sums, ends[:-1]), strict=True)
+    return Streamed({name: _of(own, w.shape[1]) for (name, w), own in each}, weight_bytes)
+
+
+def steps(config: Any, num_windows: int, at_once: int | None) -> int:
+    """How often ``streamed_perplexities`` calls ``advance``."""
+    return config.num_hidden_layers * -(-num_windows // (at_once or num_windows))
+
+
+def _losses_of(
+    skeleton: Skeleton,
+    read: Reader,
+    windows: np.ndarray,
+    mesh: Mesh,
+    expand: str,
+    cache: CacheShape | None,
+    read_ahead: bool,
+    advance: Callable[[], None],
+) -> tuple[np.ndarray, int]:
+    """Each window's sum of losses, and the bytes of weights."""
+    batches = Batches.of(windows, mesh)
+    _, *layers, _ = part_names(skeleton.config)
+    outer = replicate(read(EMBEDDING), mesh)
+    hidden = embed(skeleton, outer, batches)
+    weight_bytes = _bytes(outer)
+    if not skeleton.config.tie_word_embeddings:
+        outer = {}
+    for name, params in zip(layers, ahead(read, layers) if read_ahead else map(read, layers), strict=True):
+        own = {f"layers.0.{path}": leaf for path, leaf in below(replicate(params, mesh), f"{name}.").items()}
+        layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
+        del params, own
+        weight_bytes += _bytes(params_of(layer))
+        forward(layer, hidden, mesh, cache)
+        del layer
+        advance()
+    head = replicate(read(HEAD), mesh)
+    weight_bytes += _bytes(head)
+    sums = np.zeros(len(windows))
+    for found, real, index in zip(
+        token_losses(skeleton, outer | head, hidden, batches), batches.real, batches.index, strict=True
+    ):
+        sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
+    return sum_over_processes(sums), weight_bytes
+
+
+def _bytes(params: Flat) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

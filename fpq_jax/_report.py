@@ -1,16 +1,16 @@
 """The report of a run: one JSON object, version 1, and how it reads on a screen."""
 
 import importlib.metadata
-import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from fpq_jax._pipeline import LinearResult
+from fpq_jax._atomic import files_digest
+from fpq_jax._machine import peak_memory
 from fpq_jax._qtensor import QTensor
+from fpq_jax._solve import LinearResult
 from fpq_jax._tree import Flat
 
 VERSION = 1
@@ -38,8 +38,6 @@ def bits_per_weight(params: Flat) -> float:
 
 def environment() -> dict[str, Any]:
     """Peak memory, devices and versions. Memory is the process's peak resident set on the host, and the device's."""
-    # ru_maxrss is in KiB on Linux, in bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device_peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in _PACKAGES:
@@ -48,18 +46,19 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "unknown"
     return {
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory(),
         "peak_device_memory_bytes": [p for p in device_peaks if p is not None],
         "devices": [d.device_kind for d in jax.devices()],
         "versions": versions,
     }
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    unfinished.rename(path)
+def code_digest() -> str:
+    """Of this package's sources: another version may come to other numbers."""
+    import fpq_jax.models
+
+    modules = (fpq_jax, fpq_jax.models)
+    return files_digest(sorted(p for module in modules for p in Path(str(module.__file__)).parent.glob("*.py")))
 
 
 ROW_TITLE = f"{'Linear':<40} {'in':>6} {'out':>6} {'rounding':>10} {'error':>10} {'damping':>8} {'seconds':>8}"

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fpq_jax._checkpoint import is_quantized_dir, load, resolve_model, stored_bytes
+import jax
+import jax.numpy as jnp
+
+from fpq_jax._atomic import write_json
+from fpq_jax._checkpoint import QuantizedCheckpoint, open_model, resolve_model
 from fpq_jax._console import console, progress, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
-from fpq_jax._generation import KvCache, cache_dtype
-from fpq_jax._perplexity import perplexity
-from fpq_jax._report import VERSION, environment, shortened, size_text, write_report
+from fpq_jax._generation import KvCache
+from fpq_jax._layerwise import CacheShape, Skeleton, everywhere, windows_at_once
+from fpq_jax._mesh import parse_mesh, start_processes
+from fpq_jax._perplexity import steps, streamed_perplexities
+from fpq_jax._report import VERSION, environment, shortened, size_text
 from fpq_jax._residency import Residency
 from fpq_jax._text import (
     Windows,
@@ -23,7 +29,6 @@ from fpq_jax._text import (
     load_tokenizer,
     window_length,
 )
-from fpq_jax.models import params_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,10 @@ class Options:
     """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or rounded as an FP8 cache would (float8)."""
+    mesh: str | None = None
+    """Devices to divide the windows over, as data=4; by default one."""
+    distributed: bool = False
+    """Join the same command's other processes; see the README."""
     report: Path | None = None
     """JSON file for the result."""
 
@@ -52,25 +61,47 @@ class Options:
 def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
     began = time.perf_counter()
+    if options.distributed:
+        start_processes()
     for spec in options.eval:
         check_spec(spec)
     check_at_least(1, max_windows=options.max_windows)
     check_at_least(2, seq_len=options.seq_len)
+    mesh = parse_mesh(options.mesh)
     folder = resolve_model(options.model)
-    quantized = is_quantized_dir(folder)
-    model = load(folder, dtype=options.dtype, expand=options.expand)
-    dtype = None if options.kv_cache == "model" else cache_dtype(model, options.kv_cache)
-    texts = _texts(options, folder, quantized, model.config)
-    weight_bytes = stored_bytes(params_of(model))
-    console.print(f"{size_text(weight_bytes)} of weights in memory")
-    rows = {}
+    checkpoint = open_model(folder)
+    quantized = isinstance(checkpoint, QuantizedCheckpoint)
+    config, dtype = checkpoint.model_config, jnp.dtype(options.dtype or checkpoint.dtype)
+    cache = None
+    if options.kv_cache == "float8":
+        cache = CacheShape(config.num_key_value_heads, config.head_dim, jnp.dtype(jnp.float8_e4m3fn))
+    texts = _texts(options, folder, quantized, config)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        read = lambda name: checkpoint.read_part(name, options.dtype, everywhere(mesh))
+    else:
+        read = lambda name: checkpoint.read_part(name, dtype)
+    skeleton = Skeleton(checkpoint.model_class, config, dtype)
+    windows = sum(map(len, texts.values()))
+    at_once = windows_at_once(windows, next(iter(texts.values())).shape[1], skeleton, mesh)
+    with progress(f"perplexity on {', '.join(texts)}", steps(config, windows, at_once)) as advance:
+        measured, weight_bytes = streamed_perplexities(
+            skeleton,
+            read,
+            texts,
+            mesh,
+            expand=options.expand,
+            cache=cache,
+            at_once=at_once,
+            read_ahead=not quantized or jax.process_count() == 1,
+            advance=advance,
+        )
+    console.print(f"{size_text(weight_bytes)} of weights as they are in memory, one layer at a time")
     which = "quantized" if quantized else "original"
     console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
-    for spec, windows in texts.items():
-        with progress(f"perplexity on {spec}", len(windows)) as advance:
-            measured = perplexity(model, windows, advance, cache_dtype=dtype)
-        rows[spec] = {which: measured.value, "tokens": measured.tokens}
-        console.print(f"{shortened(spec)} {measured.value:>10.4f} {measured.tokens:>10,}", markup=False)
+    rows = {}
+    for spec, (value, tokens) in measured.items():
+        rows[spec] = {which: value, "tokens": tokens}
+        console.print(f"{shortened(spec)} {value:>10.4f} {tokens:>10,}", markup=False)
     if options.report is not None:
         report = {
             "version": VERSION,
@@ -82,7 +113,7 @@ def main(options: Options) -> None:
             "seconds": round(time.perf_counter() - began, 2),
             **environment(),
         }
-        write_report(options.report, report)
+        write_json(options.report, report)
 
 
 def _texts(options: Options, folder: Path, quantized: bool, config: Any) -> dict[str, Windows]:

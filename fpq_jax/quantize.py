@@ -1,22 +1,24 @@
 """Quantize a LLaMA or OPT checkpoint: python -m fpq_jax.quantize --model DIR --output DIR."""
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from fpq_jax._checkpoint import check_output, copy_sidecars, new_directory, write_params
+from fpq_jax._atomic import write_json
+from fpq_jax._checkpoint import check_output, copy_sidecars, write_manifest
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
 from fpq_jax._linear import product_kind
+from fpq_jax._mesh import is_first, parse_mesh, start_processes
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
-from fpq_jax._report import shortened, size_text, write_report
+from fpq_jax._report import shortened, size_text
 from fpq_jax._tree import Flat
+from fpq_jax._unfinished import Unfinished, remove_leftover
 
 _DEMO_OUTPUT = Path("fpq-demo")
 _MAX_FALLBACKS = 0.1  # share of Linears for which GPTQ could not run before the command reports failure
@@ -44,6 +46,10 @@ class Options:
     """Evaluate on the first so many windows only."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default the checkpoint's own."""
+    mesh: str | None = None
+    """Devices to divide windows and outputs over, as data=4,model=2 (here their product counts); by default one."""
+    distributed: bool = False
+    """Join the same command's other processes; see the README."""
     output: Path | None = None
     """Directory for the result; left out, nothing but the report is kept (fpq-demo if --model is left out too)."""
     report: Path | None = None
@@ -55,11 +61,17 @@ class Options:
 def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
     began = time.perf_counter()
+    if options.distributed:
+        start_processes()
+        if options.output is None:
+            raise FpqError("--distributed needs --output, a folder that all processes share.")
+    mesh = parse_mesh(options.mesh)
     recipe = Recipe.load(options.recipe)
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
     output = options.output or (_DEMO_OUTPUT if options.model is None else None)
     if output is not None:
+        remove_leftover(output)
         check_output(output)
     if options.report is not None and (options.report.is_dir() or not options.report.absolute().parent.is_dir()):
         raise FpqError(f"The report {options.report} cannot be written; name a file in a folder that exists.")
@@ -73,27 +85,39 @@ def main(options: Options) -> None:
         max_windows=options.max_windows,
         dtype=options.dtype,
         seed=options.seed,
+        mesh=mesh,
     )
-    with ExitStack() as stack:
-        # made first: a folder that cannot be written is found before the work, not after it
-        folder = stack.enter_context(new_directory(output)) if output else None
-        original = job.perplexities(job.read(), "original")
-        params, results = job.quantize(recipe)
-        quantized = job.perplexities(params, "quantized")
-        report = job.report(recipe, params, results, original, quantized, time.perf_counter() - began)
-        if folder is not None:
-            copy_sidecars(job.checkpoint.folder, folder)
+    with job.store(recipe, output) as store:
+        try:
+            original = job.original(store)
+            results = job.quantize(recipe, store)
+            quantized = job.quantized(store)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(output, store)) from None
+        report = job.report(recipe, store, results, original, quantized, time.perf_counter() - began)
+        params = store.abstract()
+        if output is not None and is_first():
+            copy_sidecars(job.checkpoint.folder, store.model)
             recipe_yaml = yaml.safe_dump(report["recipe"], sort_keys=False)
-            (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-            write_params(folder, params)
-            write_report(folder / "report.json", report)
-    if options.report is not None:
-        write_report(options.report, report)
+            (store.model / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+            write_json(store.model / "report.json", report)
+            write_manifest(store.model, store.entries())
+        if output is not None:
+            store.finish()
+    if options.report is not None and is_first():
+        write_json(options.report, report)
     _print_summary(output, params, report)
     fallbacks = sum(result.fell_back for result in results)
     if fallbacks > _MAX_FALLBACKS * len(results):
         console.print(f"GPTQ could not run for {fallbacks} of {len(results)} Linears (see their notes): exit status 1.")
         raise SystemExit(1)
+
+
+def _interrupted(output: Path | None, store: Unfinished) -> str:
+    if output is None:
+        return "Interrupted; without --output nothing is kept."
+    layers = sum(name.startswith("layers.") for name in store.parts)
+    return f"Interrupted; {layers} finished layers are kept in {store.folder}: start the same command again to go on."
 
 
 def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) -> None:

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from fpq_jax.models._cache import LayerCache
 from fpq_jax.models._convert import (
+    EMBEDDING,
+    HEAD,
     HfCheckpoint,
     abstract_model,
     build_model,
     linear_name,
     params_of,
+    part_names,
+    part_of,
     read_config,
     to_hf_tensors,
     with_params,
@@ -38,7 +43,10 @@ def to_hf_config(model: Any) -> dict[str, Any]:
 
 __all__ = [
     "ARCHITECTURES",
+    "EMBEDDING",
+    "HEAD",
     "HfCheckpoint",
+    "LayerCache",
     "Llama",
     "LlamaConfig",
     "Opt",
@@ -49,6 +57,8 @@ __all__ = [
     "model_class_of",
     "open_checkpoint",
     "params_of",
+    "part_names",
+    "part_of",
     "prepare",
     "prepare_in_place",
     "read_config",

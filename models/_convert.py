@@ -4,10 +4,12 @@ A model class has a table NAMES from parameter paths ("layers.0.mlp.up_proj.kern
 transposed on the way, since torch stores Linear weights [out, in]. Tensors are memory-mapped and read when asked for.
 """
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from jax.typing import DTypeLike
 from fpq_jax._errors import FpqError
 from fpq_jax._tree import Flat, flatten, unflatten
 
+EMBEDDING, HEAD = "embedding", "head"  # the parts before and behind the layers
+_READERS = 2  # threads, each with a tensor in memory
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
@@ -76,23 +80,58 @@ class HfCheckpoint:
 
     def read(self, dtype: DTypeLike, *prefixes: str) -> Flat:
         """The parameters whose path begins with one of ``prefixes`` (all, if there is none), under their full paths."""
-        return {
-            path: self._tensor(name, path, dtype)
-            for name, (path, _) in self._names.items()
-            if not prefixes or path.startswith(prefixes)
-        }
+        return self._read(dtype, lambda path: not prefixes or path.startswith(prefixes))
 
-    def _tensor(self, name: str, path: str, dtype: DTypeLike) -> np.ndarray:
+    def read_part(self, name: str, dtype: DTypeLike) -> Flat:
+        """The parameters of a part (see ``part_names``) under their full paths."""
+        return self._read(dtype, lambda path: part_of(self.model_class, path) == name)
+
+    def _read(self, dtype: DTypeLike, wanted: Callable[[str], bool]) -> Flat:
+        chosen = ((name, path) for name, (path, _) in self._names.items() if wanted(path))
+        return {path: self._tensor(name, path, dtype) for name, path in chosen}
+
+    def digest(self, advance: Callable[[], None] = lambda: None) -> str:
+        """Of the names, types and values of all tensors that the model uses, and of its configuration.
+
+        Reads all of them once, several at a time, and raises FpqError for values that are not finite. ``advance`` is
+        called behind each tensor.
+        """
+
+        def one(name: str) -> bytes:
+            value = self._checked(name)
+            facts = f"{name} {value.dtype} {value.shape}".encode()
+            found = hashlib.sha256(facts + hashlib.sha256(np.ascontiguousarray(value).view(np.uint8)).digest())
+            advance()
+            return found.digest()
+
+        with ThreadPoolExecutor(_READERS) as threads:
+            digests = list(threads.map(one, sorted(self._names)))
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode() + b"".join(digests)).hexdigest()
+
+    def _checked(self, name: str) -> np.ndarray:
+        """A tensor as stored. FpqError if it holds values that are not finite."""
         file, stored = self._where[name]
         value = file.read(stored)
-        if not np.isfinite(value).all():
+        if not _all_finite(value):
             kind = "NaN" if np.isnan(value).any() else "infinite"
             raise FpqError(f"Tensor {stored} in {file.path} holds {kind} values; the checkpoint is damaged.")
+        return value
+
+    def _tensor(self, name: str, path: str, dtype: DTypeLike) -> np.ndarray:
+        value, stored = self._checked(name), self._where[name][1]
         with np.errstate(over="ignore"):  # told below
             converted = value.astype(dtype)
         if dtype == jnp.float16 and not np.isfinite(converted).all():
             raise FpqError(f"Tensor {stored} does not fit float16; use --dtype bfloat16 or float32.")
         return np.ascontiguousarray(converted.T) if _is_kernel(path) else converted
+
+
+def _all_finite(value: np.ndarray) -> bool:
+    """np.isfinite(value).all(), which is slow for 16 bits: there a bit pattern tells."""
+    if value.dtype.itemsize != 2:
+        return bool(np.isfinite(value).all())
+    exponent = 0x7C00 if value.dtype == np.float16 else 0x7F80
+    return not bool(((value.view(np.uint16) & exponent) == exponent).any())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -139,6 +178,18 @@ def abstract_model(model_class: Any, config: Any, dtype: DTypeLike = jnp.float32
 def parameter_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Path of each parameter -> its shape."""
     return {path: leaf.shape for path, leaf in params_of(abstract_model(model_class, config)).items()}
+
+
+def part_of(model_class: Any, path: str) -> str:
+    """The name of the part that a parameter is in."""
+    if path.startswith("layers."):
+        return ".".join(path.split(".")[:2])
+    return EMBEDDING if path.startswith(model_class.EMBEDDING) else HEAD
+
+
+def part_names(config: Any) -> list[str]:
+    """The parts of a model in order: what is before the layers, each layer, what is behind them."""
+    return [EMBEDDING, *(f"layers.{i}" for i in range(config.num_hidden_layers)), HEAD]
 
 
 def params_of(module: Any) -> Flat:

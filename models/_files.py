@@ -1,6 +1,7 @@
 """The files that a model folder's tensors are in: safetensors, or those that torch.save writes (pytorch_model.bin).
 
-Both are memory-mapped, and a tensor's values are read when asked for.
+Both are memory-mapped, and a tensor's values are read when asked for. The mapping ends with each reading: pages that
+were touched count as the process's memory for as long as it lasts.
 """
 
 import json
@@ -26,23 +27,26 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file: Any = safe_open(path, framework="numpy")
+            with safe_open(path, framework="numpy") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                self._facts = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise FpqError(f"{path} is truncated or no safetensors file ({error}); download it again.") from error
 
     def names(self) -> list[str]:
-        return list(self._file.keys())
+        return list(self._facts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return self._facts[name][0]
 
     def dtype(self, name: str) -> str:
         """As safetensors calls it: "F32", "F16", "BF16", ..."""
-        return self._file.get_slice(name).get_dtype()
+        return self._facts[name][1]
 
     def read(self, name: str) -> np.ndarray:
         try:
-            return self._file.get_tensor(name)
+            with safe_open(self.path, framework="numpy") as file:
+                return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise FpqError(f"{name} cannot be read from {self.path}: {error}.") from error
 
@@ -57,6 +61,11 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._facts = {name: (tuple(x.shape), _torch_dtype(x)) for name, x in self._open().items()}
+
+    def _open(self) -> dict[str, Any]:
+        """The tensors, mapped."""
+        path = self.path
         try:
             import torch
         except ImportError as error:
@@ -90,26 +99,30 @@ class TorchFile:
         plain = lambda x: isinstance(x, torch.Tensor) and x.layout is torch.strided and not (x.is_meta or x.is_nested)
         if others := [str(name) for name, x in tensors.items() if not (isinstance(name, str) and plain(x))]:
             raise FpqError(f"{path} holds what are no plain tensors: {listed(others)}; save a state_dict alone.")
-        self._tensors = tensors
+        return tensors
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return list(self._facts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        return self._facts[name][0]
 
     def dtype(self, name: str) -> str:
         """As safetensors calls "F32", "F16" and "BF16", others as torch does."""
-        dtype = str(self._tensors[name].dtype).removeprefix("torch.")
-        return _TORCH_DTYPES.get(dtype, dtype)
+        return self._facts[name][1]
 
     def read(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._tensors[name].detach()
+        tensor = self._open()[name].detach()
         if tensor.dtype == torch.bfloat16:  # torch gives NumPy none
             return tensor.view(torch.int16).numpy().view(jnp.dtype(jnp.bfloat16))
         return tensor.numpy(force=True)
+
+
+def _torch_dtype(tensor: Any) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _TORCH_DTYPES.get(dtype, dtype)
 
 
 TensorFile = SafetensorsFile | TorchFile

@@ -1,21 +1,16 @@
 """Runs of many recipes on one model, each kept in a file as soon as it is finished, so that a study resumes."""
 
-import hashlib
 import importlib.util
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import fpq_jax.models
-import jax
-import numpy as np
-
+from fpq_jax._atomic import write_json
 from fpq_jax._console import console
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
 from fpq_jax._recipe import Recipe
-from fpq_jax._report import write_report
 
 
 class Runs:
@@ -23,25 +18,15 @@ class Runs:
 
     def __init__(self, job: Job, folder: Path):
         self.job, self.folder = job, folder
-        self._facts = {
-            "model": _model_digest(job.checkpoint.folder),
-            "calibration": _digest(job.calibration.windows),
-            "evaluation": {spec: _digest(windows) for spec, windows in job.evaluation.items()},
-            "dtype": str(job.dtype),
-            "seed": job.seed,
-            "code": _code_digest(),
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-        }
 
     def original(self) -> dict[str, float]:
         """Perplexity of the unquantized model on each evaluation text."""
 
         def run() -> dict[str, Any]:
-            measured = self.job.perplexities(self.job.read(), "original")
+            measured = self.job.original()
             return {"perplexity": {spec: {"original": p.value, "tokens": p.tokens} for spec, p in measured.items()}}
 
-        report = self._kept("original", {}, run)
+        report = self._kept("original", None, run)
         return {spec: row["original"] for spec, row in report["perplexity"].items()}
 
     def report(self, recipe: Recipe) -> dict[str, Any]:
@@ -49,15 +34,16 @@ class Runs:
 
         def run() -> dict[str, Any]:
             began = time.perf_counter()
-            params, results = self.job.quantize(recipe, rows=False)
-            quantized = self.job.perplexities(params, "quantized")
-            original = {spec: value._replace(value=self.original()[spec]) for spec, value in quantized.items()}
-            return self.job.report(recipe, params, results, original, quantized, time.perf_counter() - began)
+            with self.job.store(recipe, None) as store:
+                results = self.job.quantize(recipe, store, rows=False)
+                quantized = self.job.quantized(store)
+                original = {spec: value._replace(value=self.original()[spec]) for spec, value in quantized.items()}
+                return self.job.report(recipe, store, results, original, quantized, time.perf_counter() - began)
 
-        return self._kept(recipe.name, {"recipe": self.job.recipe_for_model(recipe).to_dict()}, run)
+        return self._kept(recipe.name, recipe, run)
 
-    def _kept(self, name: str, facts: dict[str, Any], run: Any) -> dict[str, Any]:
-        path, facts = self.folder / f"{name}.json", self._facts | facts
+    def _kept(self, name: str, recipe: Recipe | None, run: Any) -> dict[str, Any]:
+        path, facts = self.folder / f"{name}.json", self.job.facts(recipe)
         if path.is_file():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +57,7 @@ class Runs:
             return kept
         self.folder.mkdir(parents=True, exist_ok=True)
         report = {"of": facts} | run()
-        write_report(path, report)
+        write_json(path, report)
         values = ", ".join(f"{row.get('quantized', row['original']):.3f}" for row in report["perplexity"].values())
         console.print(f"{self.job.model_name}, {name}: {values}", markup=False)
         return report
@@ -106,27 +92,3 @@ def text_title(spec: str) -> str:
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
-def _model_digest(folder: Path) -> str:
-    """Of config.json and of the weight files."""
-    paths = sorted(p for pattern in ("config.json", "*.safetensors", "*.bin") for p in folder.glob(pattern))
-    return _files_digest(paths)
-
-
-def _code_digest() -> str:
-    """Of this package's sources: another version may come to other numbers."""
-    modules = (fpq_jax, fpq_jax.models)
-    return _files_digest(sorted(p for module in modules for p in Path(str(module.__file__)).parent.glob("*.py")))
-
-
-def _files_digest(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _digest(windows: np.ndarray) -> str:
-    return hashlib.sha256(f"{windows.shape}".encode() + windows.tobytes()).hexdigest()

@@ -23,7 +23,8 @@ from h100.common import DATASHEET, FULL, TINY, Clock, Sizes, measured_ceilings
 from rich.console import Console
 
 from fpq_jax._errors import FpqError
-from fpq_jax._report import environment, write_report
+from fpq_jax._atomic import write_json
+from fpq_jax._report import environment
 
 SECONDS = 460
 
@@ -79,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
         failed |= not ok
         result["seconds"] = round(time.perf_counter() - clock.began, 1)
         result |= environment()
-        write_report(output, result)
+        write_json(output, result)
         _print(name, result[name])
     console.print(f"{result['seconds']} s; everything is in {output}")
     return int(failed)

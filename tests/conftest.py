@@ -10,7 +10,21 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # where arrays are handled; specs and recipes check what they are given themselves, and are tested with nonsense
-_ARRAYS = ("formats", "scales", "qtensor", "gptq", "lorc", "linear", "text", "perplexity", "pipeline", "generation")
+_ARRAYS = (
+    "calibration",
+    "layerwise",
+    "pipeline",
+    "solve",
+    "formats",
+    "scales",
+    "qtensor",
+    "gptq",
+    "lorc",
+    "linear",
+    "text",
+    "perplexity",
+    "generation",
+)
 install_import_hook([*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.models"], "beartype.beartype")
 
 TINY_CONFIG = {

@@ -6,7 +6,9 @@ import pytest
 from flax import nnx
 
 from fpq_jax import FpqError
-from fpq_jax._perplexity import batch_size, batches, perplexity
+from fpq_jax._layerwise import Batches, batch_size
+from fpq_jax._mesh import make_mesh
+from fpq_jax._perplexity import perplexity
 
 
 class Bigram(nnx.Module):
@@ -45,7 +47,10 @@ def test_a_model_that_overflows_is_said():
 
 def test_batches_are_equal_and_the_filling_is_counted():
     windows = np.arange(10).reshape(5, 2)
-    cut = batches(windows, 2)
-    assert [real for _, real in cut] == [2, 2, 1] and {b.shape for b, _ in cut} == {(2, 2)}
-    np.testing.assert_array_equal(np.concatenate([b[:n] for b, n in cut]), windows)
-    assert batch_size(3, 100_000) == 1 and batch_size(3, 10) == 3 and batch_size(1000, 512) == 16
+    cut = Batches.of(windows, make_mesh(), 2)
+    assert [real.sum() for real in cut.real] == [2, 2, 1] and {b.shape for b in cut.tokens} == {(2, 2)}
+    np.testing.assert_array_equal(
+        np.concatenate([b[real] for b, real in zip(cut.tokens, cut.real, strict=True)]), windows
+    )
+    sizes = [batch_size(count, length, make_mesh()) for count, length in ((3, 100_000), (3, 10), (1000, 512))]
+    assert sizes == [1, 3, 16]

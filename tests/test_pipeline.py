@@ -9,9 +9,17 @@ from fpq_jax.models import build_model, open_checkpoint
 from fpq_jax import QTensor, Recipe, dequantize, gptq
 from fpq_jax._activations import fake_quantize_tokens
 from fpq_jax._demo import demo_model_path
+from fpq_jax._mesh import make_mesh
 from fpq_jax._perplexity import perplexity
 from fpq_jax._pipeline import linears, quantize_checkpoint
 from fpq_jax._text import calibration_text, load_tokenizer
+
+
+def quantized(checkpoint, what, windows, **options):
+    """(all parameters by path, all results)"""
+    parts = list(quantize_checkpoint(checkpoint, what, windows, jnp.float32, make_mesh(), **options))
+    params = {path: leaf for part in parts for path, leaf in part.params.items()}
+    return jax.device_get(params), [result for part in parts for result in part.results]
 
 
 def recipe(**options):
@@ -25,14 +33,13 @@ def windows():
 
 def test_every_linear_is_quantized_better_than_by_rounding_and_lorc_helps(tiny_llama, windows):
     checkpoint = open_checkpoint(tiny_llama)
-    seen = []
-    params, results = quantize_checkpoint(checkpoint, recipe(), windows, jnp.float32, on_linear=seen.append)
-    assert seen == results and len(results) == 14
+    params, results = quantized(checkpoint, recipe(), windows)
+    assert len(results) == 14
     assert {r.name for r in results} == set(linears(checkpoint).values())
     assert params.keys() == checkpoint.shapes.keys()
     assert all(r.error < r.rounding_error for r in results)
     assert all(isinstance(leaf, QTensor) == path.endswith("_proj.kernel") for path, leaf in params.items())
-    _, corrected = quantize_checkpoint(checkpoint, recipe(lorc={"rank": 4}), windows, jnp.float32)
+    _, corrected = quantized(checkpoint, recipe(lorc={"rank": 4}), windows)
     assert all(b.error < a.error for a, b in zip(results, corrected, strict=True))
 
 
@@ -40,7 +47,7 @@ def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_l
     """The second layer's q_proj, by hand: embed, first layer quantized, norm, quantized activations, X^T X, GPTQ."""
     checkpoint = open_checkpoint(tiny_llama)
     what = recipe()
-    params, _ = quantize_checkpoint(checkpoint, what, windows, jnp.float32)
+    params, _ = quantized(checkpoint, what, windows)
     model = build_model(checkpoint.model_class, checkpoint.model_config, params)
     positions = jnp.broadcast_to(jnp.arange(48), windows.shape)
     hidden, _ = model.layers[0](model.embed(jnp.asarray(windows), positions), positions)
@@ -57,7 +64,7 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     """The second layer's fc1, by hand: its input with nothing of its own layer quantized."""
     checkpoint = open_checkpoint(tiny_opt)
     what = recipe(activation="int8-asym", activation_scale="static")
-    params, _ = quantize_checkpoint(checkpoint, what, windows, jnp.float32)
+    params, _ = quantized(checkpoint, what, windows)
     first = {p: v for p, v in params.items() if p.startswith("layers.0.")}
     model = build_model(checkpoint.model_class, checkpoint.model_config, checkpoint.read(jnp.float32) | first)
     positions = jnp.broadcast_to(jnp.arange(48), windows.shape)
@@ -73,11 +80,12 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     mixed = recipe(activation="int4", rules=[{"match": "*.q_proj", "activation_scale": "static"}])
     names = [f"self_attn.{p}_proj.kernel" for p in "qkv"]
     first_layer = {}
-    quantize_checkpoint(checkpoint, mixed, windows, jnp.float32, first_layer=first_layer)
-    q_seen, k_seen, v_seen = (next(iter(first_layer.values()))[name] for name in names)
-    assert q_seen.fixed is not None and k_seen.fixed is None
-    np.testing.assert_array_equal(k_seen.hessian, v_seen.hessian)
-    assert np.abs(q_seen.hessian - k_seen.hessian).max() > 1e-3 * np.abs(k_seen.hessian).max()
+    quantized(checkpoint, mixed, windows, first_layer=first_layer)
+    q_name, *others = names
+    (seen,) = first_layer.values()
+    assert q_name in seen.fixed and not any(name in seen.fixed for name in others)
+    own, shared = seen.hessians[(q_name,)], seen.hessians[tuple(others)]
+    assert np.abs(own - shared).max() > 1e-3 * np.abs(shared).max()
     parts = [params[f"layers.1.self_attn.{p}_proj.kernel"].input_scale for p in "qkv"]
     assert parts[0] == parts[1] == parts[2]
 
@@ -85,10 +93,10 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
 def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama, windows, monkeypatch):
     import fpq_jax._pipeline as pipeline
 
-    calls, calibrate = [], pipeline._calibrate
-    monkeypatch.setattr(pipeline, "_calibrate", lambda *a: (calls.append(a), calibrate(*a))[1])
+    calls, calibrate = [], pipeline.calibrate
+    monkeypatch.setattr(pipeline, "calibrate", lambda *a: (calls.append(a), calibrate(*a))[1])
     checkpoint, first_layer = open_checkpoint(tiny_llama), {}
-    run = lambda what, **kept: quantize_checkpoint(checkpoint, what, windows, jnp.float32, **kept)[0]
+    run = lambda what, **kept: quantized(checkpoint, what, windows, **kept)[0]
     other = recipe(weight={"format": "int4", "group_size": 16})
     run(recipe(), first_layer=first_layer)
     assert len(first_layer) == 1 and len(calls) == 2
@@ -99,15 +107,11 @@ def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama,
     assert len(first_layer) == 2
 
 
-def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows, monkeypatch):
+def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows):
     """One window a batch, and batches that do not divide the windows, give the same result."""
-    import fpq_jax._pipeline as pipeline
-
     checkpoint = open_checkpoint(tiny_llama)
-    monkeypatch.setattr(pipeline, "batch_size", lambda n, length: 1)
-    single, _ = quantize_checkpoint(checkpoint, recipe(), windows, jnp.float32)
-    monkeypatch.setattr(pipeline, "batch_size", lambda n, length: 16)
-    filled, _ = quantize_checkpoint(checkpoint, recipe(), windows, jnp.float32)
+    single, _ = quantized(checkpoint, recipe(), windows, batch=1)
+    filled, _ = quantized(checkpoint, recipe(), windows, batch=16)
     for path, leaf in single.items():
         if isinstance(leaf, QTensor):
             assert (leaf.codes == filled[path].codes).mean() > 0.98
@@ -115,7 +119,7 @@ def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows, monkeypatc
 
 def test_the_same_seed_gives_the_same_bits(tiny_llama, windows):
     checkpoint = open_checkpoint(tiny_llama)
-    runs = [quantize_checkpoint(checkpoint, recipe(lorc={}), windows, jnp.float32, seed=3)[0] for _ in range(2)]
+    runs = [quantized(checkpoint, recipe(lorc={}), windows, seed=3)[0] for _ in range(2)]
     chex.assert_trees_all_equal(*runs)
 
 
@@ -128,7 +132,7 @@ def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
     values = {"original": perplexity(build(checkpoint.read(jnp.float32)), text.tail[:32]).value}
     for method in ("gptq", "round"):
         what = Recipe.from_dict({"weight": {"constraint": "m2"}, "method": method})
-        params, results = quantize_checkpoint(checkpoint, what, text.windows, jnp.float32)
+        params, results = quantized(checkpoint, what, text.windows)
         values[method] = perplexity(build(params), text.tail[:32]).value
         assert all((r.error < r.rounding_error) == (method == "gptq") for r in results)
     assert values["original"] < values["gptq"] < values["round"] < 1.2 * values["original"]
@@ -136,7 +140,7 @@ def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
 
 def test_rules_leave_linears_as_they_are(tiny_llama, windows):
     what = recipe(rules=[{"match": "model.layers.0.*", "quantize": False}])
-    params, results = quantize_checkpoint(open_checkpoint(tiny_llama), what, windows, jnp.float32)
+    params, results = quantized(open_checkpoint(tiny_llama), what, windows)
     assert {r.name.split(".")[2] for r in results} == {"1"}
     assert not isinstance(params["layers.0.mlp.up_proj.kernel"], QTensor)
 
@@ -147,7 +151,7 @@ def test_dead_layers_and_zero_weights_are_finite_and_said(tmp_path, windows):
     tensors["model.layers.1.post_attention_layernorm.weight"][:7] = 0  # seven inputs of gate and up never act
     tensors["model.layers.1.mlp.down_proj.weight"][5] = 0
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
-    params, results = quantize_checkpoint(checkpoint, recipe(lorc={"rank": 2}), windows, jnp.float32)
+    params, results = quantized(checkpoint, recipe(lorc={"rank": 2}), windows)
     notes = {r.name: " ".join(r.notes) for r in results}
     for part in "qkvo":
         assert "all zero during calibration" in notes[f"model.layers.0.self_attn.{part}_proj"]

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from fpq_jax import QuantSpec, quantize_array
-from fpq_jax._pipeline import LinearResult
-from fpq_jax._report import bits_per_weight, environment, layer_row, row_text, size_text, write_report
+from fpq_jax._atomic import write_json
+from fpq_jax._report import bits_per_weight, environment, layer_row, row_text, size_text
+from fpq_jax._solve import LinearResult
 
 RESULT = LinearResult("model.layers.0.mlp.up_proj", (48, 80), 0.02, 0.01, None, 0.4, ("rounded",))
 
@@ -29,6 +30,6 @@ def test_rows_and_sizes_read_well():
 def test_the_environment_is_measured_and_the_file_is_json(tmp_path):
     found = environment()
     assert found["peak_memory_bytes"] > 50e6 and found["devices"] and found["versions"]["jax"]
-    write_report(tmp_path / "r.json", found)
+    write_json(tmp_path / "r.json", found)
     assert json.loads((tmp_path / "r.json").read_text()) == found
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

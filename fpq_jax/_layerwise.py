@@ -1,0 +1,228 @@
+"""A model's forward pass one layer at a time, on windows divided over a mesh: for models larger than memory.
+
+The windows of a batch are divided over all devices, each of which holds the whole layer. Between layers the hidden
+states stay on the host, each process those of its own windows.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from fpq_jax._machine import free_host_memory
+from fpq_jax._mesh import AXES, rounded_up
+from fpq_jax._tree import Flat
+from fpq_jax.models import LayerCache, abstract_model, with_params
+
+BATCH = P(AXES)  # the first dimension, windows, over all devices
+_TOKENS_PER_BATCH = 8192  # on each device
+_HIDDEN_SHARE = 0.25  # of the free host memory, for the hidden states of what is evaluated
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Windows [N, L] in equal batches, the last one filled up with others' rows.
+
+    tokens: of each batch this process's rows [b, L]. real: bool [b], which are no filling. index: int [b], their places
+    in the windows. count: N.
+    """
+
+    tokens: list[np.ndarray]
+    real: list[np.ndarray]
+    index: list[np.ndarray]
+    count: int
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, windows: Int[np.ndarray, "N L"], mesh: Mesh, size: int | None = None) -> "Batches":
+        """``size`` windows per batch; by default what ``batch_size`` says."""
+        size = size or batch_size(*windows.shape, mesh)
+        index = np.arange(-(-len(windows) // size) * size)
+        real = index < len(windows)
+        index = np.where(real, index, 0)
+        mine = _local_rows(mesh, size)
+        rows = [start + mine for start in range(0, len(index), size)]
+        cut = lambda values: [values[r] for r in rows]
+        return cls(cut(windows[index]), cut(real), cut(index), len(windows), mesh)
+
+
+def batch_size(num_windows: int, length: int, mesh: Mesh) -> int:
+    """Windows per batch for about ``_TOKENS_PER_BATCH`` tokens on each device; a multiple of the devices."""
+    devices = mesh.size
+    return min(rounded_up(num_windows, mesh), max(1, _TOKENS_PER_BATCH // length) * devices)
+
+
+def _local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices have."""
+    slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
+    return np.concatenate([np.arange(size)[index] for index in sorted(slices, key=lambda i: i[0].start or 0)])
+
+
+def put(rows: np.ndarray, mesh: Mesh) -> Array:
+    """A batch on the devices, of this process's rows."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+
+
+def fetch(batch: Array) -> np.ndarray:
+    """This process's rows of a batch, on the host."""
+    shards = sorted(batch.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    rows = [np.asarray(shard.data) for shard in shards]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A pytree on every device of the mesh; its arrays are on the host, or global ones."""
+    everywhere = NamedSharding(mesh, P())
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere.device_set:
+            return leaf if leaf.sharding.is_fully_replicated else _replicated(leaf, everywhere)
+        return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: np.asarray(leaf)[index])
+
+    return jax.tree.map(one, tree)
+
+
+@partial(jax.jit, static_argnums=1)
+def _replicated(leaf: Array, sharding: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def everywhere(mesh: Mesh) -> Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]:
+    """Every array on every device, as ``read_part`` asks for it."""
+    return lambda path, part, shape: NamedSharding(mesh, P())
+
+
+class Skeleton(NamedTuple):
+    """What a model is without its weights: class, configuration, and the dtype of what is not quantized."""
+
+    model_class: Any
+    config: Any
+    dtype: Any
+
+    def without_layers(self) -> Any:
+        """An abstract model of the parts before and behind the layers."""
+        return abstract_model(self.model_class, replace(self.config, num_hidden_layers=0), self.dtype)
+
+    def with_one_layer(self) -> Any:
+        """An abstract model whose only layer is like all of them."""
+        return abstract_model(self.model_class, replace(self.config, num_hidden_layers=1), self.dtype)
+
+    def layer(self) -> Any:
+        """An abstract layer."""
+        return self.with_one_layer().layers[0]
+
+
+def windows_at_once(count: int, length: int, skeleton: Skeleton, mesh: Mesh) -> int:
+    """Of how many windows the hidden states are kept on the host together: a part of what is free there."""
+    free = free_host_memory()
+    if free is None:
+        return count
+    row = length * skeleton.config.hidden_size * jnp.dtype(skeleton.dtype).itemsize
+    fit = int(free * _HIDDEN_SHARE) * jax.process_count() // row
+    size = batch_size(count, length, mesh)
+    return min(count, max(1, fit // size) * size)
+
+
+class CacheShape(NamedTuple):
+    """What a layer's cache is made of: heads of keys and values, their size, and its dtype."""
+
+    heads: int
+    head_dim: int
+    dtype: Any
+
+
+def embed(skeleton: Skeleton, params: Flat, batches: Batches) -> list[np.ndarray]:
+    """The first layer's input for each batch, on the host. ``params``: what embedding needs, by path."""
+    params = replicate(params, batches.mesh)
+    return [fetch(_embed(skeleton, batches.mesh, params, put(tokens, batches.mesh))) for tokens in batches.tokens]
+
+
+def forward(layer: Any, hidden: list[np.ndarray], mesh: Mesh, cache: CacheShape | None = None) -> None:
+    """Replace each batch of hidden states by the layer's output. The layer's arrays are on every device.
+
+    With ``cache`` keys and values are what such a cache gives back, as in generation.
+    """
+    graph, state = nnx.split(layer)
+    for i, rows in enumerate(hidden):
+        hidden[i] = fetch(_forward(graph, mesh, cache, state, put(rows, mesh)))
+
+
+def token_losses(skeleton: Skeleton, params: Flat, hidden: list[np.ndarray], batches: Batches) -> list[np.ndarray]:
+    """Negative log-likelihood [b, L-1] of each token but the first, of each batch's rows, in float32.
+
+    ``params``: what the head needs, by path, on every device.
+    """
+    mesh = batches.mesh
+    return [
+        fetch(_losses(skeleton, mesh, params, put(rows, mesh), put(tokens, mesh)))
+        for rows, tokens in zip(hidden, batches.tokens, strict=True)
+    ]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _embed(skeleton: Skeleton, mesh: Mesh, params: Flat, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def local(params: Flat, tokens: Array) -> Array:
+        return with_params(skeleton.without_layers(), params).embed(tokens, _positions(tokens))
+
+    return divided(local, mesh, (P(), BATCH), BATCH)(params, tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(
+    graph: Any, mesh: Mesh, cache: CacheShape | None, state: Any, hidden: Float[Array, "B L D"]
+) -> Float[Array, "B L D"]:
+    def local(state: Any, hidden: Array) -> Array:
+        empty = None if cache is None else LayerCache.zeros(*hidden.shape[:2], *cache)
+        return nnx.merge(graph, state)(hidden, _positions(hidden), empty, True)[0]
+
+    return divided(local, mesh, (P(), BATCH), BATCH)(state, hidden)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _losses(
+    skeleton: Skeleton, mesh: Mesh, params: Flat, hidden: Float[Array, "B L D"], tokens: Int[Array, "B L"]
+) -> Float[Array, "B L-1"]:
+    def local(params: Flat, hidden: Array, tokens: Array) -> Array:
+        return losses(with_params(skeleton.without_layers(), params).head(hidden), tokens)
+
+    return divided(local, mesh, (P(), BATCH, BATCH), BATCH)(params, hidden, tokens)
+
+
+def losses(logits: Float[Array, "B L V"], tokens: Int[Array, "B L"]) -> Float[Array, "B L-1"]:
+    """Negative log-likelihood of each token but the first, in float32."""
+    logits = logits[:, :-1].astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def divided(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """``function`` on each device's own part."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _positions(tokens: Array) -> Int[Array, "B L"]:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """function(item) for each item, in order; the next one is computed in a thread while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = None
+        for item in items:
+            following = thread.submit(function, item)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()

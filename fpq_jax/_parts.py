@@ -1,0 +1,154 @@
+"""Parameters in parts, each an Orbax checkpoint of its own: what is written and read one layer at a time.
+
+    params/embedding, params/layers.0, ..., params/head
+
+Each holds {path: {part of the leaf: array}}; what arrays cannot say (a QTensor's spec and shape, every array's shape
+and dtype) is an entry in JSON beside them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpq_jax._errors import FpqError
+from fpq_jax._qtensor import LowRank, QTensor
+from fpq_jax._spec import QuantSpec
+from fpq_jax._tree import Flat
+
+PARAMS = "params"
+Entry = dict[str, Any]  # {"quantized": {path: facts}, "arrays": {path: {part: {"shape", "dtype"}}}}
+Sharding = Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]  # of a path's array of a part and shape
+
+
+class PartsWriter:
+    """Writes parts in the background: ``write`` returns when the arrays may be let go, ``wait`` when all is written."""
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp
+
+        self._folder = folder.absolute() / PARAMS
+        self._checkpointer: Any = ocp.StandardCheckpointer()
+
+    def write(self, name: str, params: Flat) -> Entry:
+        """Begin to write a part; the entry that describes it."""
+        arrays = {path: _arrays(leaf) for path, leaf in params.items()}
+        with _said(f"{name} cannot be written to {self._folder}", "make room there and start again"):
+            self._checkpointer.wait_until_finished()
+            if arrays:
+                self._checkpointer.save(self._folder / name, jax.tree.map(jnp.asarray, arrays))
+            else:
+                (self._folder / name).mkdir(parents=True, exist_ok=True)
+        return entry_of(params)
+
+    def wait(self) -> None:
+        """Until everything is on the disk."""
+        with _said(f"{self._folder} cannot be written", "make room there and start again"):
+            self._checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        """End the background's threads."""
+        self._checkpointer.close()
+
+
+def read_part(folder: Path, name: str, entry: Entry, sharding: Sharding) -> Flat:
+    """A part as it was written, each array restored straight onto its sharding. FpqError if it is damaged."""
+    if not entry["arrays"]:
+        return {}
+    import orbax.checkpoint as ocp
+
+    try:
+        target = {
+            path: {
+                part: jax.ShapeDtypeStruct(
+                    tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding(path, part, tuple(a["shape"]))
+                )
+                for part, a in parts.items()
+            }
+            for path, parts in entry["arrays"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FpqError(f"What {folder} says of {name} is damaged ({type(error).__name__}: {error}).") from error
+    with (
+        _said(f"The arrays in {folder / PARAMS / name} cannot be read", "the directory is damaged"),
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
+        arrays = checkpointer.restore(folder.absolute() / PARAMS / name, target)
+    return _leaves(arrays, entry)
+
+
+def abstract_part(entry: Entry) -> Flat:
+    """A part's leaves without values: ShapeDtypeStructs, and QTensors of such."""
+    arrays = {
+        path: {part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"])) for part, a in parts.items()}
+        for path, parts in entry["arrays"].items()
+    }
+    return _leaves(arrays, entry)
+
+
+def entry_of(params: Flat) -> Entry:
+    """What a part's arrays cannot say."""
+    return {
+        "quantized": {path: _facts(q) for path, q in params.items() if isinstance(q, QTensor)},
+        "arrays": {
+            path: {part: {"shape": list(a.shape), "dtype": str(a.dtype)} for part, a in _arrays(leaf).items()}
+            for path, leaf in params.items()
+        },
+    }
+
+
+@contextmanager
+def _said(what: str, remedy: str) -> Iterator[None]:
+    """Errors of Orbax and tensorstore, of many kinds, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FpqError(f"{what}; {remedy} ({reason}).") from error
+
+
+_ARRAYS = [f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static") and f.name != "low_rank"]
+
+
+def _arrays(leaf: Any) -> dict[str, Any]:
+    """The arrays of a parameter by name; a plain array is called "value"."""
+    if not isinstance(leaf, QTensor):
+        return {"value": leaf}
+    parts = {name: getattr(leaf, name) for name in _ARRAYS}
+    if leaf.low_rank is not None:
+        parts |= {f"low_rank_{f.name}": getattr(leaf.low_rank, f.name) for f in dataclasses.fields(LowRank)}
+    return {name: array for name, array in parts.items() if array is not None}
+
+
+def _leaves(arrays: dict[str, dict[str, Any]], entry: Entry) -> Flat:
+    """The inverse of ``_arrays`` for each path."""
+    try:
+        quantized = {path: _from_facts(facts) for path, facts in entry["quantized"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FpqError(f"What is said of quantized parameters is damaged ({type(error).__name__}: {error}).") from error
+    return {path: _leaf(parts, quantized.get(path)) for path, parts in arrays.items()}
+
+
+def _leaf(parts: dict[str, Any], make: Callable[..., QTensor] | None) -> Any:
+    if make is None:
+        return parts["value"]
+    low_rank = None
+    if "low_rank_a" in parts:
+        low_rank = LowRank(parts["low_rank_a"], parts["low_rank_b"], parts.get("low_rank_scale"))
+    return make(low_rank=low_rank, **{name: parts.get(name) for name in _ARRAYS})
+
+
+def _facts(q: QTensor) -> dict[str, Any]:
+    """A QTensor's static facts as JSON."""
+    return {"shape": list(q.shape), **q.spec.to_dict()}
+
+
+def _from_facts(facts: dict[str, Any]) -> Callable[..., QTensor]:
+    facts = dict(facts)
+    shape = tuple(facts.pop("shape"))
+    spec = QuantSpec(**facts)
+    return lambda **arrays: QTensor(spec=spec, shape=shape, **arrays)

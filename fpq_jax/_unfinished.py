@@ -1,0 +1,179 @@
+"""A run's progress on the disk: killed at any moment, it goes on behind the last finished part.
+
+Beside the output to be, OUT.unfinished holds
+
+    job.json        the facts that fingerprint the job
+    progress/       a record for each finished part (what came of it, and a digest of every file of it), and what
+                    else was measured
+    model/          the result as it grows; it becomes OUT by one rename
+
+A record is written when its part is on the disk. When a run starts again, a part without a record, or whose files or
+record are not as they were written, is made again.
+"""
+
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fpq_jax._atomic import folder_digests, json_digest, read_sealed, write_sealed
+from fpq_jax._errors import FpqError
+from fpq_jax._mesh import barrier, is_first
+from fpq_jax._parts import PARAMS, Entry, PartsWriter, Sharding, abstract_part, read_part
+from fpq_jax._tree import Flat
+
+_JOB, _PROGRESS, _MODEL = "job.json", "progress", "model"
+SUFFIX = ".unfinished"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether this is a run's progress, or inside of it."""
+    return any(
+        (place / _JOB).is_file() and (place / _PROGRESS).is_dir() for place in (folder, folder.absolute().parent)
+    )
+
+
+def remove_leftover(output: Path) -> None:
+    """Remove the progress of a run that was killed when its model was already in its place."""
+    folder = output.absolute().with_name(output.name + SUFFIX)
+    if is_unfinished(folder) and not (folder / _MODEL).exists() and output.is_dir():
+        shutil.rmtree(folder)
+
+
+class Unfinished:
+    """The progress of the job with these ``facts`` (plain data by name) towards the directory ``output``.
+
+    FpqError if there is progress of another job; what differs is named. In several processes, on a file system that
+    they share, all make one and call ``write``, ``read`` and ``finish`` together; the first one keeps the records.
+    """
+
+    def __init__(self, output: Path, facts: dict[str, Any]):
+        self.output = output.absolute()
+        self.folder = self.output.with_name(self.output.name + SUFFIX)
+        self.model = self.folder / _MODEL
+        self._facts = json_digest(facts)
+        self._check(facts)
+        if is_first():
+            for folder in (self._progress, self.model / PARAMS):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_sealed(self.folder / _JOB, facts)
+            self._drop_what_is_not_whole()
+        barrier("the progress is read")
+        self._records = {path.stem: value for path in self._progress.glob("*.json") if (value := self._record(path))}
+        self._writer = PartsWriter(self.model)
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    @property
+    def _progress(self) -> Path:
+        return self.folder / _PROGRESS
+
+    def _check(self, facts: dict[str, Any]) -> None:
+        if self.folder.exists() and not self._progress.is_dir() and any(self.folder.iterdir()):
+            raise FpqError(f"{self.folder} is no progress of a run; remove it, or choose another --output.")
+        known = read_sealed(self.folder / _JOB)
+        if known is not None and known != facts:
+            differing = [name for name in facts.keys() | known.keys() if facts.get(name) != known.get(name)]
+            raise FpqError(
+                f"{self.folder} holds the progress of another job ({', '.join(sorted(differing))} differ); "
+                "start that one again, remove the folder, or choose another --output."
+            )
+
+    def _drop_what_is_not_whole(self) -> None:
+        records = {path.stem: self._record(path) for path in self._progress.glob("*.json")}
+        for place in (self.model / PARAMS).iterdir():
+            record = records.get(place.name)
+            if record is None or folder_digests(place) != record["files"]:
+                shutil.rmtree(place)
+                records[place.name] = None
+        for path in self._progress.iterdir():
+            record = records.get(path.stem)
+            if record is None or ("files" in record and not (self.model / PARAMS / path.stem).is_dir()):
+                path.unlink()
+
+    def _record(self, path: Path) -> dict[str, Any] | None:
+        """A record of this very job, or None."""
+        sealed = read_sealed(path)
+        return sealed["record"] if sealed is not None and sealed.get("job") == self._facts else None
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """By name of each finished part: {"entry": ..., and what ``write`` was told of it}."""
+        return {name: record for name, record in self._records.items() if "files" in record}
+
+    def measured(self, name: str) -> Any | None:
+        """What ``keep`` kept under this name."""
+        record = self._records.get(name)
+        return None if record is None else record["value"]
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep plain data that need not be measured again."""
+        self._records[name] = {"value": value}
+        if is_first():
+            write_sealed(self._progress / f"{name}.json", {"job": self._facts, "record": self._records[name]})
+
+    def write(self, name: str, params: Flat, *, results: list[Any], seconds: dict[str, float]) -> None:
+        """Write a part in the background; results and seconds by stage are plain data that goes into its record."""
+        self.wait()
+        began = time.perf_counter()
+        entry = self._writer.write(name, params)
+        record = {"entry": entry, "results": results, "seconds": seconds}
+        self._writing = self._thread.submit(self._finish_part, name, record, began)
+
+    def _finish_part(self, name: str, record: dict[str, Any], began: float) -> None:
+        self._writer.wait()
+        record["write_seconds"] = time.perf_counter() - began
+        if is_first():
+            record = {**record, "files": folder_digests(self.model / PARAMS / name)}
+            write_sealed(self._progress / f"{name}.json", {"job": self._facts, "record": record})
+        self._records[name] = record | {"files": record.get("files")}
+
+    def wait(self) -> None:
+        """Until all that was given is on the disk, with its record."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def read(self, name: str, sharding: Sharding) -> Flat:
+        """A finished part."""
+        return read_part(self.model, name, self.parts[name]["entry"], sharding)
+
+    def told(self, name: str, key: str) -> Any:
+        """What ``write`` was told of a finished part."""
+        return self._records[name][key]
+
+    def stages(self) -> dict[str, float]:
+        """Seconds of all parts by stage, their writing among them, which is done beside the others."""
+        total: dict[str, float] = {}
+        for record in self.parts.values():
+            for stage, seconds in {**record["seconds"], "write": record["write_seconds"]}.items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return {stage: round(seconds, 3) for stage, seconds in total.items()}
+
+    def abstract(self) -> Flat:
+        """All parameters of the finished parts, without values."""
+        return {path: leaf for entry in self.entries().values() for path, leaf in abstract_part(entry).items()}
+
+    def entries(self) -> dict[str, Entry]:
+        """The entry of each finished part."""
+        return {name: record["entry"] for name, record in self.parts.items()}
+
+    def finish(self) -> None:
+        """The model becomes the output. All that belongs to it must have been written to ``model``."""
+        self.wait()
+        barrier("the model is whole")
+        if is_first():
+            if self.output.is_dir():
+                self.output.rmdir()  # empty, or this fails
+            self.model.rename(self.output)
+            shutil.rmtree(self.folder)
+        barrier("the model is in its place")
+
+    def close(self) -> None:
+        """End the background's threads; what is being written is waited for."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
