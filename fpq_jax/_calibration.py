@@ -104,7 +104,7 @@ def _hessians(
 
 
 @partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _mean(total: Float[Array, "devices in in"], tokens: int, mesh: Mesh) -> Float[Array, "in in"]:
+def _mean(total: Float[Array, "devices in in"], tokens: int | Array, mesh: Mesh) -> Float[Array, "in in"]:
     """The sums of all devices over the number of tokens, on every device."""
     return jax.lax.with_sharding_constraint(jnp.sum(total, axis=0) / tokens, NamedSharding(mesh, P()))
 

@@ -205,7 +205,7 @@ def _rows(leaf: Array, start: int, stop: int, sharding: NamedSharding) -> Array:
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _lorc(
-    w: Float[Array, "in out"], q: QTensor, hessian: Array, rank: int, dtype: Any, everywhere: NamedSharding, seed: int
+    w: Float[Array, "in out"], q: QTensor, hessian: Array, rank: int, dtype: Any, everywhere: NamedSharding, seed: int | Array
 ) -> tuple[QTensor, Float[Array, " out"]]:
     """(q with its correction, what is still lost of each output)."""
     q = lorc(w, q, rank=rank, dtype=dtype, seed=seed)

@@ -31,6 +31,7 @@ from h100.generation import config_of
 from safetensors.numpy import save_file
 
 from fpq_jax import QuantSpec, Recipe, gptq, hessian
+from fpq_jax._mesh import make_mesh
 from fpq_jax._pipeline import quantize_checkpoint
 
 
@@ -133,9 +134,10 @@ def run_pipeline(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = open_checkpoint(_write_random_checkpoint(Path(folder), config, layers, rng))
         began = time.perf_counter()
-        quantize_checkpoint(
-            checkpoint, recipe, windows, jnp.bfloat16, on_layer=lambda: ends.append(time.perf_counter() - began)
-        )
+        for part in quantize_checkpoint(checkpoint, recipe, windows, jnp.bfloat16, make_mesh()):
+            if part.results:
+                ends.append(time.perf_counter() - began)
+                stages = part.seconds
     seconds = np.diff([0.0, *ends]).tolist()
     # the last layer runs no forward behind it, and the first compiles
     later = seconds[1:-1] or seconds[-1:]
@@ -145,6 +147,7 @@ def run_pipeline(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list
             "calibration_tokens": samples * length,
             "layers_measured": layers,
             "seconds_per_layer": seconds,
+            "last_layers_stages": stages,
             "seconds": seconds[0] + (total - 1) * sum(later) / len(later),
             "note": f"extrapolated from {layers} layers to {total}: the first as measured, others as the middle ones",
         }
