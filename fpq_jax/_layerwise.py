@@ -19,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._machine import free_host_memory
-from fpq_jax._mesh import AXES, rounded_up
+from fpq_jax._mesh import AXES
 from fpq_jax._tree import Flat
 from fpq_jax.models import LayerCache, abstract_model, with_params
 
 BATCH = P(AXES)  # the first dimension, windows, over all devices
 _TOKENS_PER_BATCH = 8192  # on each device
+_SHARES = 8  # so many devices have work even where windows are few
 _HIDDEN_SHARE = 0.25  # of the free host memory, for the hidden states of what is evaluated
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -58,9 +59,12 @@ class Batches:
 
 
 def batch_size(num_windows: int, length: int, mesh: Mesh) -> int:
-    """Windows per batch for about ``_TOKENS_PER_BATCH`` tokens on each device; a multiple of the devices."""
-    devices = mesh.size
-    return min(rounded_up(num_windows, mesh), max(1, _TOKENS_PER_BATCH // length) * devices)
+    """Windows per batch: each device's share has about ``_TOKENS_PER_BATCH`` tokens and at most an eighth of the windows.
+
+    The share does not depend on the number of devices, so a device's programs are the same for any number, and hidden
+    states the same bits.
+    """
+    return max(1, min(_TOKENS_PER_BATCH // length, -(-num_windows // _SHARES))) * mesh.size
 
 
 def _local_rows(mesh: Mesh, size: int) -> np.ndarray:
@@ -96,6 +100,28 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 @partial(jax.jit, static_argnums=1)
 def _replicated(leaf: Array, sharding: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def from_one(tree: Any | None, shapes: Any, mesh: Mesh) -> Any:
+    """On every device what one device has; ``tree`` is None in processes that do not have it. ``shapes`` are its own."""
+    parts = NamedSharding(mesh, P(AXES))
+
+    def one(shape: jax.ShapeDtypeStruct, leaf: Array | None = None) -> Array:
+        there = None if leaf is None else next(iter(leaf.devices()))
+        mine = [
+            leaf[None] if device == there else jax.device_put(np.zeros((1, *shape.shape), shape.dtype), device)
+            for device in mesh.devices.ravel()
+            if device.process_index == jax.process_index()
+        ]
+        all_parts = jax.make_array_from_single_device_arrays((mesh.size, *shape.shape), parts, mine)
+        return _sum(all_parts, NamedSharding(mesh, P()))
+
+    return jax.tree.map(one, shapes) if tree is None else jax.tree.map(one, shapes, tree)
+
+
+@partial(jax.jit, static_argnums=1)
+def _sum(parts: Array, sharding: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(jnp.sum(parts, axis=0, dtype=parts.dtype), sharding)
 
 
 def everywhere(mesh: Mesh) -> Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]:

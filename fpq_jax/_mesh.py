@@ -4,7 +4,6 @@ Quantizing and evaluating hold one layer at a time and divide windows over all d
 divides rows over "data" and weights over "model".
 """
 
-import math
 import os
 
 import jax
@@ -56,12 +55,6 @@ def check_mesh(mesh: Mesh) -> None:
 def mesh_text(mesh: Mesh) -> str:
     """As ``parse_mesh`` reads it."""
     return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-
-
-def rounded_up(count: int, mesh: Mesh) -> int:
-    """``count`` up to a multiple of the mesh's devices."""
-    devices = math.prod(mesh.devices.shape)
-    return -(-count // devices) * devices
 
 
 def start_processes() -> None:

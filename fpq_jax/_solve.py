@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from fpq_jax._calibration import Seen, Together
 from fpq_jax._errors import FpqError
 from fpq_jax._gptq import GptqStats, column_errors, gptq_with_stats
-from fpq_jax._layerwise import divided
+from fpq_jax._layerwise import divided, from_one, replicate
 from fpq_jax._lorc import lorc
 from fpq_jax._mesh import AXES
 from fpq_jax._qtensor import QTensor, dequantize, quantize_array
@@ -60,11 +60,39 @@ def quantize_linears(
 
     QTensors' outputs are divided over the mesh where they divide evenly.
     """
-    done: dict[str, tuple[QTensor, LinearResult]] = {}
+    solved: dict[str, _Solved] = {}
+    seconds: dict[str, float] = {}
     for unit in solved_together(todo, seen.hessians, weights):
-        hessian = next(h for paths, h in seen.hessians.items() if unit[0] in paths)
-        done |= _quantize_unit(unit, weights, todo[unit[0]], names, hessian, seen.fixed, mesh, seed, timer)
-    return {path: done[path] for path in todo}
+        began = time.perf_counter()
+        hessian = _hessian_of(unit[0], seen)
+        if not bool(jnp.all(jnp.isfinite(hessian))):
+            name = names[unit[0]]
+            raise FpqError(f"The inputs of {name} overflow during calibration; use --dtype float32 or bfloat16.")
+        solved |= _solve_unit(unit, weights, hessian, todo[unit[0]], mesh)
+        spent = time.perf_counter() - began
+        outputs = sum(weights[path].shape[1] for path in unit)
+        seconds |= {path: spent * weights[path].shape[1] / outputs for path in unit}
+        timer("gptq", spent)
+    began = time.perf_counter()
+    tensors = jax.block_until_ready(_with_lorc({p: s.q for p, s in solved.items()}, weights, todo, mesh, seed))
+    spent = time.perf_counter() - began
+    timer("lorc", spent)
+    size = sum(weights[path].size for path in todo)
+    done = {}
+    began = time.perf_counter()
+    for path, recipe in todo.items():
+        q, found = tensors[path], solved[path]
+        lost = found.lost if recipe.lorc is None else _column_errors(weights[path], q, _hessian_of(path, seen), mesh)
+        if path in seen.fixed:
+            q = _with_static_scale(q, seen.fixed[path])
+        taken = seconds[path] + spent * weights[path].size / size
+        done[path] = q, _result(names[path], weights[path], recipe, found, lost, taken)
+    timer("errors", time.perf_counter() - began)
+    return done
+
+
+def _hessian_of(path: str, seen: Seen) -> Float[Array, "in in"]:
+    return next(hessian for paths, hessian in seen.hessians.items() if path in paths)
 
 
 def solved_together(todo: dict[str, LinearRecipe], sharing: Iterable[Together], weights: Flat) -> list[Together]:
@@ -89,72 +117,66 @@ def _side_by_side(path: str, other: str, weights: Flat, todo: dict[str, LinearRe
 
 
 class _Solved(NamedTuple):
-    """q, and by output, on every device: mean squares of what rounding and q (before LoRC) lose, and of the outputs."""
+    """q without LoRC, and by output, on every device: mean squares of what rounding and q lose, and of the outputs."""
 
     q: QTensor
-    rounding: Float[Array, " out"]
-    lost: Float[Array, " out"]
-    total: Float[Array, " out"]
+    rounding: Any
+    lost: Any
+    total: Any
     stats: GptqStats
 
 
-def _quantize_unit(
-    unit: Together,
-    weights: Flat,
-    recipe: LinearRecipe,
-    names: dict[str, str],
-    hessian: Float[Array, "in in"],
-    fixed: dict[str, Scale],
-    mesh: Mesh,
-    seed: int,
-    timer: Timer,
-) -> dict[str, tuple[QTensor, LinearResult]]:
-    began = time.perf_counter()
-    if not bool(jnp.all(jnp.isfinite(hessian))):
-        raise FpqError(f"The inputs of {names[unit[0]]} overflow during calibration; use --dtype float32 or bfloat16.")
+def _solve_unit(
+    unit: Together, weights: Flat, hessian: Float[Array, "in in"], recipe: LinearRecipe, mesh: Mesh
+) -> dict[str, _Solved]:
+    """Kernels that are solved side by side, each for itself again."""
     unseen = not bool(jnp.any(jnp.diagonal(hessian) > 0))
-    method = "round" if unseen else recipe.method
     kernels = [np.asarray(weights[path]) for path in unit]
-    sizes = [kernel.shape[1] for kernel in kernels]
-    w = on_outputs(kernels[0] if len(unit) == 1 else np.concatenate(kernels, axis=1), mesh, recipe.spec)
-    solved = jax.block_until_ready(solve(w, hessian, recipe.spec, method, recipe.damping, mesh))
-    ran = time.perf_counter() - began
-    timer("gptq", ran)
-
-    results: dict[str, tuple[QTensor, LinearResult]] = {}
-    ends = np.cumsum(sizes).tolist()
-    for path, kernel, end in zip(unit, kernels, ends, strict=True):
-        began = time.perf_counter()
-        columns = slice(end - kernel.shape[1], end)
-        q = solved.q if len(unit) == 1 else _part(solved.q, columns, mesh)
-        if recipe.lorc is not None:
-            assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
-            own = w if len(unit) == 1 else on_outputs(kernel, mesh, recipe.spec)
-            rank, dtype = recipe.lorc.rank, recipe.lorc.dtype
-            q, corrected = _lorc(own, q, hessian, rank, dtype, NamedSharding(mesh, P()), seed)
-        else:
-            corrected = solved.lost[columns]
-        if path in fixed:
-            q = _with_static_scale(q, fixed[path])
-        rounding_error, before, error = (
-            _share(part, solved.total[columns]) for part in (solved.rounding[columns], solved.lost[columns], corrected)
-        )
-        damping, notes = _notes(recipe, unseen, solved.stats, before > rounding_error * _TOLERANCE, kernel)
-        seconds = time.perf_counter() - began
-        timer("lorc", seconds)
-        seconds += ran * kernel.shape[1] / sum(sizes)
-        shape = (kernel.shape[0], kernel.shape[1])
-        fell_back = unseen and recipe.method == "gptq"
-        results[path] = (
-            q,
-            LinearResult(names[path], shape, rounding_error, error, damping, round(seconds, 3), notes, fell_back),
-        )
-    return results
+    whole = kernels[0] if len(unit) == 1 else np.concatenate(kernels, axis=1)
+    solved = solve(
+        on_outputs(whole, mesh, recipe.spec),
+        hessian,
+        recipe.spec,
+        "round" if unseen else recipe.method,
+        recipe.damping,
+        mesh,
+    )
+    q, stats = jax.block_until_ready((solved.q, solved.stats))
+    rounding, lost, total = (np.asarray(v) for v in (solved.rounding, solved.lost, solved.total))
+    if len(unit) == 1:
+        return {unit[0]: _Solved(q, rounding, lost, total, stats)}
+    parts, end = {}, 0
+    for path, kernel in zip(unit, kernels, strict=True):
+        columns = slice(end, end := end + kernel.shape[1])
+        own = _part(q, columns.start, columns.stop, mesh)
+        parts[path] = _Solved(own, rounding[columns], lost[columns], total[columns], stats)
+    return parts
 
 
-def _share(part: Float[Array, " out"], total: Float[Array, " out"]) -> float:
-    part_sum, total_sum = (float(np.asarray(values, np.float64).sum()) for values in (part, total))
-    return part_sum / total_sum if total_sum > 0 else 0.0
+def _result(
+    name: str, weight: np.ndarray, recipe: LinearRecipe, solved: _Solved, lost: np.ndarray, seconds: float
+) -> LinearResult:
+    share = lambda part: float(part.sum(dtype=np.float64) / total) if total > 0 else 0.0
+    total = solved.total.sum(dtype=np.float64)
+    unseen = recipe.method == "gptq" and not total > 0 and float(solved.stats.damping) == 0
+    rounding_error = share(solved.rounding)
+    damping, notes = None, []
+    if unseen:
+        notes.append("its inputs were all zero during calibration: rounded to nearest instead of GPTQ")
+    elif recipe.method == "gptq":
+        damping = float(f"{float(solved.stats.damping):.6g}")  # float32's digits are noise to a reader
+        if damping > recipe.damping * 1.5:
+            notes.append(f"damping raised to {damping:g} until Cholesky succeeded")
+        if int(solved.stats.dead):
+            notes.append(
+                f"{int(solved.stats.dead)} inputs were zero throughout calibration: their weights are zero now"
+            )
+        if share(solved.lost) > rounding_error * _TOLERANCE:
+            notes.append("GPTQ's error is above plain rounding's")
+    if zeros := int(np.sum(np.all(weight == 0, axis=0))):
+        notes.append(f"{zeros} output rows are all zero")
+    shape = (weight.shape[0], weight.shape[1])
+    return LinearResult(name, shape, rounding_error, share(lost), damping, round(seconds, 3), tuple(notes), unseen)
 
 
 def on_outputs(w: np.ndarray, mesh: Mesh, spec: QuantSpec) -> Float[Array, "in out"]:
@@ -190,12 +212,10 @@ def solve(
     return solved._replace(q=replace(solved.q, shape=w.shape))
 
 
-def _part(q: QTensor, rows: slice, mesh: Mesh) -> QTensor:
+def _part(q: QTensor, start: int, stop: int, mesh: Mesh) -> QTensor:
     """Some outputs of a QTensor, divided over the mesh like the whole."""
-    shape = (q.shape[0], rows.stop - rows.start)
-    sharding = NamedSharding(mesh, P(AXES) if _divides(shape[1], mesh, q.spec) else P())
-    cut = lambda leaf: _rows(leaf, rows.start, rows.stop, sharding)
-    return replace(jax.tree.map(cut, q), shape=shape)
+    sharding = NamedSharding(mesh, P(AXES) if _divides(stop - start, mesh, q.spec) else P())
+    return replace(jax.tree.map(lambda leaf: _rows(leaf, start, stop, sharding), q), shape=(q.shape[0], stop - start))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -203,35 +223,48 @@ def _rows(leaf: Array, start: int, stop: int, sharding: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(leaf[start:stop], sharding)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _lorc(
-    w: Float[Array, "in out"], q: QTensor, hessian: Array, rank: int, dtype: Any, everywhere: NamedSharding, seed: int | Array
-) -> tuple[QTensor, Float[Array, " out"]]:
-    """(q with its correction, what is still lost of each output)."""
-    q = lorc(w, q, rank=rank, dtype=dtype, seed=seed)
-    return q, jax.lax.with_sharding_constraint(column_errors(w, dequantize(q), hessian), everywhere)
+def _with_lorc(
+    tensors: dict[str, QTensor], weights: Flat, todo: dict[str, LinearRecipe], mesh: Mesh, seed: int
+) -> dict[str, QTensor]:
+    """The QTensors with their corrections, each computed by one of the devices, as one device alone would."""
+    devices = mesh.devices.ravel()
+    factors = {}
+    for i, path in enumerate(path for path in todo if todo[path].lorc is not None):
+        recipe, device = todo[path].lorc, devices[i % len(devices)]
+        assert recipe is not None and recipe.rank != "auto", "Recipe.with_lorc_rank comes first"
+        whole = replicate(tensors[path], mesh)
+        own = lambda leaf, device=device: next((s.data for s in leaf.addressable_shards if s.device == device), None)
+        if device.process_index == jax.process_index():
+            w = jax.device_put(weights[path], device)
+            factors[path] = _factors(w, jax.tree.map(own, whole), recipe.rank, recipe.dtype, seed)
+        else:
+            factors[path] = None
+    result = dict(tensors)
+    for path, found in factors.items():
+        recipe = todo[path].lorc
+        assert recipe is not None
+        q = tensors[path]
+        shapes = jax.eval_shape(partial(_factors, rank=recipe.rank, dtype=recipe.dtype), weights[path], q, seed=seed)
+        result[path] = replace(q, low_rank=from_one(found, shapes, mesh))
+    return result
+
+
+@partial(jax.jit, static_argnums=(2, 3), static_argnames=("rank", "dtype"))
+def _factors(w: Float[Array, "in out"], q: QTensor, rank: int, dtype: Any, seed: int | Array) -> Any:
+    return lorc(w, q, rank=rank, dtype=dtype, seed=seed).low_rank
+
+
+def _column_errors(w: np.ndarray, q: QTensor, hessian: Float[Array, "in in"], mesh: Mesh) -> np.ndarray:
+    """What q loses of each output."""
+    everywhere = NamedSharding(mesh, P())
+    return np.asarray(_errors(on_outputs(w, mesh, q.spec), q, hessian, everywhere))
+
+
+@partial(jax.jit, static_argnums=3)
+def _errors(w: Array, q: QTensor, hessian: Array, everywhere: NamedSharding) -> Float[Array, " out"]:
+    return jax.lax.with_sharding_constraint(column_errors(w, dequantize(q), hessian), everywhere)
 
 
 def _with_static_scale(q: QTensor, fixed: Scale) -> QTensor:
     asymmetric = q.spec.activation is not None and q.spec.activation.asymmetric
     return replace(q, input_scale=fixed.scale, input_zero=fixed.zero.astype(jnp.uint8) if asymmetric else None)
-
-
-def _notes(
-    recipe: LinearRecipe, unseen: bool, stats: GptqStats, above_rounding: bool, kernel: np.ndarray
-) -> tuple[float | None, tuple[str, ...]]:
-    """The damping, and what a person should know."""
-    damping, notes = None, []
-    if recipe.method == "gptq" and unseen:
-        notes.append("its inputs were all zero during calibration: rounded to nearest instead of GPTQ")
-    elif recipe.method == "gptq":
-        damping = float(f"{float(stats.damping):.6g}")  # float32's digits are noise to a reader
-        if damping > recipe.damping * 1.5:
-            notes.append(f"damping raised to {damping:g} until Cholesky succeeded")
-        if int(stats.dead):
-            notes.append(f"{int(stats.dead)} inputs were zero throughout calibration: their weights are zero now")
-        if above_rounding:
-            notes.append("GPTQ's error is above plain rounding's")
-    if zeros := int(np.sum(np.all(kernel == 0, axis=0))):
-        notes.append(f"{zeros} output rows are all zero")
-    return damping, tuple(notes)
