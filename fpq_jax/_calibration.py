@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from fpq_jax._formats import Format
 from fpq_jax._gptq import hessian
-from fpq_jax._layerwise import BATCH, Batches, divided, put
+from fpq_jax._layerwise import BATCH, Batches, Skeleton, abstract, divided, put
 from fpq_jax._linear import Observed
 from fpq_jax._mesh import AXES
 from fpq_jax._recipe import LinearRecipe
@@ -63,6 +63,24 @@ def calibrate(layer: Any, activations: Activations, hidden: list[np.ndarray], ba
         sums = _accumulate(graph, activations, mesh, state, put(rows, mesh), put(real, mesh), fixed, sums)
     tokens = batches.count * hidden[0].shape[1]
     return Seen({paths: _mean(total, tokens, mesh) for paths, total in sums.items()}, fixed)
+
+
+def abstract_accumulate(
+    layer: Any, todo: dict[str, LinearRecipe], mesh: Mesh, tokens: tuple[int, int], skeleton: Skeleton
+) -> tuple[Any, list[Together], int]:
+    """(the lowered program of a batch of [windows, tokens] at an abstract layer, kernels that share an input, the bytes
+    of all Hessians)."""
+    activations = activations_of(todo)
+    rows = abstract(skeleton.hidden(tokens), mesh, BATCH)
+    graph, state = nnx.split(layer)
+    state = abstract(state, mesh, P())
+    shapes = jax.eval_shape(
+        partial(_hessians, graph, activations), state, rows, jax.ShapeDtypeStruct(tokens[:1], bool), {}
+    )
+    sums = {paths: jax.ShapeDtypeStruct((mesh.size, *one.shape), one.dtype) for paths, one in shapes.items()}
+    real = abstract(jax.ShapeDtypeStruct(tokens[:1], bool), mesh, BATCH)
+    program = _accumulate.lower(graph, activations, mesh, state, rows, real, {}, abstract(sums, mesh, BATCH))
+    return program, list(shapes), sum(one.size * one.dtype.itemsize for one in shapes.values())
 
 
 def _no_sums(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fpq_jax._errors import FpqError
+from fpq_jax._mesh import is_first, start_processes
 
 Options = TypeVar("Options")
 
@@ -30,6 +31,12 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps=1: bar.update(task, advance=steps)
+
+
+def join_processes() -> None:
+    """``start_processes``; of all processes only the first one is heard from then on."""
+    start_processes()
+    console.quiet = not is_first()
 
 
 def run_command(main: Callable[[Options], None], options: type[Options], name: str | None = None) -> None:

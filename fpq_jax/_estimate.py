@@ -1,9 +1,8 @@
 """What a job will take, found out before it starts: memory of the host and of each device, and disk.
 
-The memory of the programs is XLA's own analysis of them; they are compiled here, and run later.
+A program's memory is XLA's own analysis of it: the largest ones are compiled here, and run later.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,18 +10,169 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from fpq_jax._calibration import Activations, Together, activations_of, lower_accumulate, sharing
+from fpq_jax._calibration import abstract_accumulate
 from fpq_jax._errors import FpqError
-from fpq_jax._layerwise import Skeleton, lower_losses
+from fpq_jax._layerwise import Skeleton, abstract_losses, batch_size
 from fpq_jax._lorc import lorc
 from fpq_jax._machine import free_device_memory, free_disk, free_host_memory, resident_memory
-from fpq_jax._qtensor import QTensor, quantize_array
+from fpq_jax._qtensor import quantize_array
 from fpq_jax._recipe import LinearRecipe
 from fpq_jax._report import size_text
-from fpq_jax._solve import lower_solve, solved_together
+from fpq_jax._solve import abstract_solve, solved_together
 from fpq_jax._tree import Flat
 from fpq_jax.models import params_of
+
+_PROGRAMS = 320 * 2**20  # measured: what compiling the other programs and the libraries not yet in use take
+_MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's own losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes. host: of the process, ``per_window`` of it for each calibration window; ``resident``: what it has already.
+
+    device: on each one, at most. disk: of the result. free_*: what there is, None where nothing says; the host's memory
+    is the device's on a CPU, and counted there.
+    """
+
+    host: int
+    resident: int
+    per_window: int
+    device: int
+    disk: int
+    windows: int
+    free_host: int | None
+    free_device: int | None
+    free_disk: int
+
+    def __str__(self) -> str:
+        of = lambda size, free: f"{size_text(size)}{f' of {size_text(free)}' if free is not None else ''}"
+        device = "" if self.free_device is None else f", {of(self.device, self.free_device)} on each device"
+        return (
+            f"Needs about {of(self.host, self.free_host)} of memory{device}, {of(self.disk, self.free_disk)} of disk."
+        )
+
+    def check(self, place: Path) -> None:
+        """FpqError for what cannot fit, with what would. ``place``: where the result will be."""
+        if self.free_device is not None and self.device * _MARGIN > self.free_device:
+            raise FpqError(
+                f"A layer takes about {size_text(self.device)} of a device's memory and {size_text(self.free_device)} "
+                "are free; a shorter --seq-len takes less."
+            )
+        if self.free_host is not None and (self.host - self.resident) * _MARGIN > self.free_host:
+            alone = self.host - self.per_window * self.windows
+            fit = int((self.free_host / _MARGIN + self.resident - alone) // self.per_window)
+            remedy = (
+                f"--num-samples {fit} would fit"
+                if fit > 0
+                else f"all but the windows takes {size_text(alone)}: a shorter --seq-len or more memory is needed"
+            )
+            raise FpqError(
+                f"Quantizing takes about {size_text(self.host)} of memory, of which {size_text(self.resident)} are "
+                f"taken and {size_text(self.free_host)} free; {remedy}."
+            )
+        if self.disk * _MARGIN > self.free_disk:
+            raise FpqError(
+                f"The result takes about {size_text(self.disk)} and {place} has {size_text(self.free_disk)} left; "
+                "make room there or choose another --output."
+            )
+
+
+def estimate(
+    skeleton: Skeleton,
+    recipes: dict[str, LinearRecipe | None],
+    windows: tuple[int, int],
+    evaluated: int,
+    mesh: Mesh,
+    place: Path,
+    written: int = 0,
+) -> Estimate:
+    """Of quantizing with ``windows`` (count, tokens) and evaluating so many windows at once.
+
+    ``recipes``: what is to be done to each kernel, by path; the layer with the most decides. ``written`` bytes are on
+    the disk already.
+    """
+    count, length = windows
+    config = skeleton.config
+    layer = params_of(skeleton.layer())
+    by_layer = [
+        {path: r for path in layer if (r := recipes.get(f"layers.{i}.{path}")) is not None}
+        for i in range(config.num_hidden_layers)
+    ]
+    size = batch_size(count, length, mesh)
+    hardest = max(by_layer, key=len)
+    device, hessians = 0, 0
+    if hardest:
+        program, sharing, hessians = abstract_accumulate(skeleton.layer(), hardest, mesh, (size, length), skeleton)
+        device = _program_bytes(program)
+        for unit in _largest(solved_together(hardest, sharing, layer), layer):
+            shape = (layer[unit[0]].shape[0], sum(layer[path].shape[1] for path in unit))
+            program = abstract_solve(shape, skeleton.dtype, hardest[unit[0]], mesh)
+            device = max(device, hessians - shape[0] ** 2 * 4 + _program_bytes(program))
+    outer = params_of(skeleton.without_layers())
+    eval_size = batch_size(evaluated, length, mesh)
+    device = max(device, _program_bytes(abstract_losses(skeleton, outer, (eval_size, length), mesh)))
+
+    per_window = length * config.hidden_size * skeleton.dtype.itemsize
+    layer_bytes, outer_bytes = _bytes(layer), _bytes(outer)
+    embedding = sum(_bytes({p: leaf}) for p, leaf in outer.items() if p.startswith(skeleton.model_class.EMBEDDING))
+    quantized = [_quantized_bytes(layer, chosen) for chosen in by_layer]
+    processes = jax.process_count()
+    # this layer and the next one, and, of one tensor, its copies as it is read
+    largest = max(_bytes({p: leaf}) for p, leaf in (layer | outer).items())
+    host = 2 * layer_bytes + 3 * largest + max(quantized) + max(embedding, outer_bytes - embedding)
+    host += max(count, evaluated) * per_window // processes
+    free_device = free_device_memory()
+    if free_device is None:
+        host += device * len(mesh.local_devices)
+    resident = resident_memory()
+    return Estimate(
+        host=resident + host + _PROGRAMS,
+        resident=resident,
+        per_window=per_window // processes,
+        device=device,
+        disk=max(0, sum(quantized) + outer_bytes - written),
+        windows=count,
+        free_host=free_host_memory(),
+        free_device=free_device,
+        free_disk=free_disk(place),
+    )
+
+
+def _largest(units: list[tuple[str, ...]], layer: Flat) -> list[tuple[str, ...]]:
+    """Those whose solution takes most: of the most inputs, and of the most weights."""
+    inputs = lambda unit: layer[unit[0]].shape[0]
+    weights = lambda unit: sum(layer[path].size for path in unit)
+    return list({max(units, key=inputs), max(units, key=weights)})
+
+
+def _program_bytes(program: Any) -> int:
+    """Of a lowered program, on each device."""
+    memory = program.compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def _quantized_bytes(layer: Flat, chosen: dict[str, LinearRecipe]) -> int:
+    total = 0
+    for path, leaf in layer.items():
+        recipe = chosen.get(path)
+        total += _bytes({path: leaf if recipe is None else jax.eval_shape(partial(_quantized, recipe=recipe), leaf)})
+    return total
+
+
+def _quantized(w: Any, recipe: LinearRecipe) -> Any:
+    q = quantize_array(w, recipe.spec)
+    if recipe.lorc is None:
+        return q
+    assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
+    return lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype)
+
+
+def _bytes(params: Flat) -> int:
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))

@@ -23,6 +23,7 @@ from fpq_jax._checkpoint import is_quantized_dir, resolve_model, sidecars, store
 from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._estimate import Estimate, estimate
 from fpq_jax._layerwise import Skeleton, everywhere, windows_at_once
 from fpq_jax._mesh import make_mesh, mesh_text
 from fpq_jax._perplexity import Perplexity, Reader, steps, streamed_perplexities
@@ -197,6 +198,16 @@ class Job:
     @property
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.checkpoint.model_class, self.checkpoint.model_config, self.dtype)
+
+    def estimate(self, recipe: Recipe, place: Path, written: int = 0) -> Estimate:
+        """What a recipe's run takes and what there is; ``written`` bytes of its result are in ``place`` already."""
+        chosen = self.recipe_for_model(recipe).for_linears(linears(self.checkpoint).values())
+        kernels = {path: chosen[name] for path, name in linears(self.checkpoint).items()}
+        evaluated = sum(len(windows) for windows in self.evaluation.values())
+        length = self.calibration.windows.shape[1]
+        at_once = windows_at_once(evaluated, length, self._skeleton, self.mesh)
+        windows = (len(self.calibration.windows), length)
+        return estimate(self._skeleton, kernels, windows, at_once, self.mesh, place, written)
 
     def recipe_for_model(self, recipe: Recipe) -> Recipe:
         """The recipe with what depends on the model's size filled in."""

@@ -59,7 +59,7 @@ class Batches:
 
 
 def batch_size(num_windows: int, length: int, mesh: Mesh) -> int:
-    """Windows per batch: each device's share has about ``_TOKENS_PER_BATCH`` tokens and at most an eighth of the windows.
+    """Windows per batch: each device's share is about ``_TOKENS_PER_BATCH`` tokens, at most an eighth of the windows.
 
     The share does not depend on the number of devices, so a device's programs are the same for any number, and hidden
     states the same bits.
@@ -103,7 +103,7 @@ def _replicated(leaf: Array, sharding: NamedSharding) -> Array:
 
 
 def from_one(tree: Any | None, shapes: Any, mesh: Mesh) -> Any:
-    """On every device what one device has; ``tree`` is None in processes that do not have it. ``shapes`` are its own."""
+    """On every device what one device has; ``tree`` is None in processes without it, ``shapes`` are its arrays'."""
     parts = NamedSharding(mesh, P(AXES))
 
     def one(shape: jax.ShapeDtypeStruct, leaf: Array | None = None) -> Array:
@@ -147,6 +147,10 @@ class Skeleton(NamedTuple):
     def layer(self) -> Any:
         """An abstract layer."""
         return self.with_one_layer().layers[0]
+
+    def hidden(self, tokens: tuple[int, int]) -> jax.ShapeDtypeStruct:
+        """The hidden states of [windows, tokens]."""
+        return jax.ShapeDtypeStruct((*tokens, self.config.hidden_size), self.dtype)
 
 
 def windows_at_once(count: int, length: int, skeleton: Skeleton, mesh: Mesh) -> int:
@@ -194,6 +198,20 @@ def token_losses(skeleton: Skeleton, params: Flat, hidden: list[np.ndarray], bat
         fetch(_losses(skeleton, mesh, params, put(rows, mesh), put(tokens, mesh)))
         for rows, tokens in zip(hidden, batches.tokens, strict=True)
     ]
+
+
+def abstract_losses(skeleton: Skeleton, params: Flat, tokens: tuple[int, int], mesh: Mesh) -> Any:
+    """The lowered program of ``token_losses`` for a batch of [windows, tokens]; ``params`` are shapes."""
+    if not skeleton.config.tie_word_embeddings:
+        params = {p: leaf for p, leaf in params.items() if not p.startswith(skeleton.model_class.EMBEDDING)}
+    rows, ids = skeleton.hidden(tokens), jax.ShapeDtypeStruct(tokens, jnp.int32)
+    return _losses.lower(skeleton, mesh, abstract(params, mesh, P()), *abstract((rows, ids), mesh, BATCH))
+
+
+def abstract(tree: Any, mesh: Mesh, spec: P) -> Any:
+    """The tree's shapes and dtypes, on the mesh."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

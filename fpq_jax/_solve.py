@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fpq_jax._calibration import Seen, Together
 from fpq_jax._errors import FpqError
 from fpq_jax._gptq import GptqStats, column_errors, gptq_with_stats
-from fpq_jax._layerwise import divided, from_one, replicate
+from fpq_jax._layerwise import abstract, divided, from_one, replicate
 from fpq_jax._lorc import lorc
 from fpq_jax._mesh import AXES
 from fpq_jax._qtensor import QTensor, dequantize, quantize_array
@@ -177,6 +178,14 @@ def _result(
         notes.append(f"{zeros} output rows are all zero")
     shape = (weight.shape[0], weight.shape[1])
     return LinearResult(name, shape, rounding_error, share(lost), damping, round(seconds, 3), tuple(notes), unseen)
+
+
+def abstract_solve(shape: tuple[int, int], dtype: DTypeLike, recipe: LinearRecipe, mesh: Mesh) -> Any:
+    """The lowered program of ``solve`` for a weight of this shape."""
+    spec = P(None, AXES) if _divides(shape[1], mesh, recipe.spec) else P()
+    w = abstract(jax.ShapeDtypeStruct(shape, dtype), mesh, spec)
+    hessian = abstract(jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32), mesh, P())
+    return solve.lower(w, hessian, recipe.spec, recipe.method, recipe.damping, mesh)
 
 
 def on_outputs(w: np.ndarray, mesh: Mesh, spec: QuantSpec) -> Float[Array, "in out"]:

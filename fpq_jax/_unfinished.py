@@ -139,6 +139,10 @@ class Unfinished:
         """A finished part."""
         return read_part(self.model, name, self.parts[name]["entry"], sharding)
 
+    def written(self) -> int:
+        """Bytes of the finished parts on the disk."""
+        return sum(path.stat().st_size for path in self.model.rglob("*") if path.is_file())
+
     def told(self, name: str, key: str) -> Any:
         """What ``write`` was told of a finished part."""
         return self._records[name][key]

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from fpq_jax._atomic import write_json
 from fpq_jax._checkpoint import QuantizedCheckpoint, open_model, resolve_model
-from fpq_jax._console import console, progress, run_command
+from fpq_jax._console import console, join_processes, progress, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import KvCache
 from fpq_jax._layerwise import CacheShape, Skeleton, everywhere, windows_at_once
-from fpq_jax._mesh import parse_mesh, start_processes
+from fpq_jax._mesh import parse_mesh
 from fpq_jax._perplexity import steps, streamed_perplexities
 from fpq_jax._report import VERSION, environment, shortened, size_text
 from fpq_jax._residency import Residency
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
     began = time.perf_counter()
     if options.distributed:
-        start_processes()
+        join_processes()
     for spec in options.eval:
         check_spec(spec)
     check_at_least(1, max_windows=options.max_windows)

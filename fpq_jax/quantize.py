@@ -9,11 +9,11 @@ import yaml
 
 from fpq_jax._atomic import write_json
 from fpq_jax._checkpoint import check_output, copy_sidecars, write_manifest
-from fpq_jax._console import console, run_command
+from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
 from fpq_jax._linear import product_kind
-from fpq_jax._mesh import is_first, parse_mesh, start_processes
+from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
 from fpq_jax._report import shortened, size_text
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
     began = time.perf_counter()
     if options.distributed:
-        start_processes()
+        join_processes()
         if options.output is None:
             raise FpqError("--distributed needs --output, a folder that all processes share.")
     mesh = parse_mesh(options.mesh)
@@ -88,6 +88,9 @@ def main(options: Options) -> None:
         mesh=mesh,
     )
     with job.store(recipe, output) as store:
+        needed = job.estimate(recipe, store.model, store.written())
+        console.print(str(needed), markup=False)
+        needed.check(store.model)
         try:
             original = job.original(store)
             results = job.quantize(recipe, store)

@@ -10,6 +10,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # of LAPACK: workers beside each other wait for its threads otherwise
 # tests of all workers, and the processes that they start, compile each program once
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="fpq-programs-")
