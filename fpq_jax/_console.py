@@ -1,5 +1,6 @@
 """What a person sees while a command runs: progress on a terminal, plain lines elsewhere; errors in one sentence."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
     """
     import tyro
 
+    for library in ("absl", "asyncio"):  # orbax's: what fails is told below, once
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}")
     try:
         main(parsed)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import yaml
 
 from fpq_jax._atomic import write_json
@@ -96,7 +97,15 @@ def main(options: Options) -> None:
             results = job.quantize(recipe, store)
             quantized = job.quantized(store)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_interrupted(output, store)) from None
+            raise KeyboardInterrupt(f"Interrupted; {_kept(output, store)}.") from None
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            reason = str(error).partition("\n")[0]
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
+                raise
+            raise FpqError(
+                f"There is not enough memory ({reason}); use fewer --num-samples or a shorter --seq-len, or, with more "
+                f"memory, the same command: {_kept(output, store)}."
+            ) from error
         report = job.report(recipe, store, results, original, quantized, time.perf_counter() - began)
         params = store.abstract()
         if output is not None and is_first():
@@ -116,11 +125,11 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
-def _interrupted(output: Path | None, store: Unfinished) -> str:
+def _kept(output: Path | None, store: Unfinished) -> str:
     if output is None:
-        return "Interrupted; without --output nothing is kept."
+        return "without --output nothing is kept"
     layers = sum(name.startswith("layers.") for name in store.parts)
-    return f"Interrupted; {layers} finished layers are kept in {store.folder}: start the same command again to go on."
+    return f"{layers} finished layers are kept in {store.folder} and the same command goes on behind them"
 
 
 def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) -> None:

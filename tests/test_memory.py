@@ -75,9 +75,11 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path, text_file):
     limit = 1600 * MB
     size = write_random_model(tmp_path / "large", 32, 1024, 2816)
     assert size > limit
-    report, _ = quantize(tmp_path / "large", text_file, tmp_path / "out", "--recipe", "w4a8-fp-m2", limit=limit)
+    recipe = tmp_path / "r.yaml"  # GPTQ for one Linear of each layer, for the time it takes
+    recipe.write_text("{method: round, weight: {constraint: m2}, rules: [{match: '*.o_proj', method: gptq}]}")
+    report, _ = quantize(tmp_path / "large", text_file, tmp_path / "out", "--recipe", recipe, limit=limit)
     assert report["peak_memory_bytes"] < size and len(report["layers"]) == 32 * 7
-    assert all(row["error"] < row["rounding_error"] for row in report["layers"])
+    assert sum(row["error"] < row["rounding_error"] for row in report["layers"]) == 32
     line = [sys.executable, "-m", "fpq_jax.evaluate", "--model", tmp_path / "large", "--eval", text_file,
             "--max-windows", "8", "--report", tmp_path / "r.json"]  # fmt: skip
     assert run(line, limit).returncode == 0

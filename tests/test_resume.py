@@ -132,7 +132,10 @@ def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, mo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.Job, "quantized", lambda self, store: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt, match=f"{LAYERS} finished layers are kept in .*half.unfinished: start"):
+        with pytest.raises(
+            KeyboardInterrupt,
+            match=f"{LAYERS} finished layers are kept in .*half.unfinished and the same command goes on",
+        ):
             solved = layers_solved(patch)
             quantize.main(options(work, "half"))
     assert solved == ["2", "3"]
@@ -141,6 +144,51 @@ def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, mo
     assert again == []
     assert "6 of 6 parts are there already" in capsys.readouterr().out
     assert_same_bits(work, "half")
+
+
+def test_memory_that_runs_out_is_said_and_loses_nothing(work, half_done, monkeypatch):
+    import fpq_jax._pipeline as pipeline
+
+    def no_room(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "quantize_linears", no_room)
+        with pytest.raises(FpqError, match=r"not enough memory \(RESOURCE_EXHAUSTED.*7 bytes.\); .*2 finished layers"):
+            quantize.main(options(work, "half"))
+    solved = layers_solved(monkeypatch)
+    quantize.main(options(work, "half"))
+    assert solved == ["2", "3"]
+    assert_same_bits(work, "half")
+
+
+def test_a_full_disk_is_said_and_when_there_is_room_the_command_goes_on(work, tmp_path):
+    """On a tmpfs that the first run fills; where none may be mounted, files that may not be longer than so much."""
+    code = (
+        "import sys; from pathlib import Path; from fpq_jax import quantize, _estimate; "
+        "_estimate.free_disk = lambda place: 2**40; from fpq_jax._console import run_command; "
+        "sys.argv = sys.argv[1:]; run_command(quantize.main, quantize.Options, 'quantize')"
+    )
+    line = [sys.executable, "-c", code, "quantize", "--model", work / "model", "--calibration", work / "text.txt",
+            "--num-samples", "9", "--group-size", "16", "--max-windows", "4", "--output", "disk/full"]  # fmt: skip
+    script = (
+        'cd "$0" && mkdir -p disk && mount -t tmpfs -o size=150k tmpfs disk || exit 77; "$@"; first=$?; '
+        "ls disk/full.unfinished/progress; mount -o remount,size=20m disk || exit 77; "
+        '[ $first = 2 ] && "$@" && cp -r disk/full .'
+    )
+    for unshare in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        whole = [*unshare, "sh", "-c", script, tmp_path, *line]
+        done = subprocess.run(list(map(str, whole)), capture_output=True, text=True, check=False)
+        if done.returncode != 77 and "unshare failed" not in done.stderr:
+            break
+    else:
+        pytest.skip("no file system can be mounted here")
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1 and "cannot be written" in errors[0] and "Traceback" not in done.stderr, done.stderr
+    assert "layers.0.json" in done.stdout and "parts are there already" in done.stdout
+    (tmp_path / "full").rename(work / "full")
+    assert_same_bits(work, "full")
 
 
 def test_every_progress_file_damaged_in_turn(work, half_done, monkeypatch):
