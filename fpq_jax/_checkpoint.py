@@ -16,11 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
@@ -30,11 +33,14 @@ from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
 from fpq_jax.models import (
     build_model,
+    check_division,
     model_class_of,
+    on_mesh,
     open_checkpoint,
     params_of,
     prepare_in_place,
     read_config,
+    shardings,
     to_hf_config,
 )
 
@@ -86,13 +92,16 @@ def save(directory: str | Path, model: Any) -> None:
         write_params(folder, params_of(model))
 
 
-def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None) -> Any:
+def load(
+    directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None
+) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
     ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expand`` prepares the model to be
     run (see ``prepare``): "load" turns packed 4-bit codes into FP8 once, exactly, where their scales allow it; "step"
     leaves them packed, half the memory, and expands them in each product. None leaves everything as stored, for
-    ``save``. Raises FpqError.
+    ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
+    device reads its own part. Raises FpqError.
     """
     if expand is not None:
         check_residency(expand)
@@ -100,16 +109,26 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
     if is_quantized_dir(folder):
         config = read_config(folder)
         model_class = model_class_of(config)
-        model_config, params = model_class.Config.from_hf(config), read_params(folder)
+        model_config = model_class.Config.from_hf(config)
+        params = read_params(folder, mesh and partial(shardings, model_class, model_config, mesh=mesh))
         if dtype is not None:
             params = {p: v if isinstance(v, QTensor) else v.astype(dtype) for p, v in params.items()}
     else:
         checkpoint = open_checkpoint(folder)
         model_class, model_config = checkpoint.model_class, checkpoint.model_config
+        if mesh is not None:
+            check_division(model_class, model_config, mesh)
         params = checkpoint.read(jnp.dtype(dtype or checkpoint.dtype))
+        if mesh is not None:
+            params = jax.tree.map(_distributed, params, shardings(model_class, model_config, params, mesh))
     model = build_model(model_class, model_config, params)
+    model = model if mesh is None else on_mesh(model, mesh)
     del params  # so that what preparing replaces is freed
     return model if expand is None else prepare_in_place(model, expand)
+
+
+def _distributed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def check_output(directory: Path) -> None:
@@ -170,8 +189,11 @@ def write_params(folder: Path, params: Flat) -> None:
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def read_params(folder: Path) -> Flat:
-    """What ``write_params`` wrote, on the default device. FpqError for a directory that is damaged."""
+def read_params(folder: Path, place: Callable[[Flat], Flat] | None = None) -> Flat:
+    """What ``write_params`` wrote, on the default device. FpqError for a directory that is damaged.
+
+    ``place`` says where each array belongs instead, from parameters that are shapes (see ``models.shardings``).
+    """
     import orbax.checkpoint as ocp
 
     try:
@@ -179,17 +201,21 @@ def read_params(folder: Path) -> Flat:
         version = manifest["version"]
         if version != VERSION:
             raise FpqError(f"{folder} has format version {version}; this fpq_jax reads version {VERSION}.")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = {
-            path: {
-                part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=device)
-                for part, a in parts.items()
-            }
+        shapes = {
+            path: {part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"])) for part, a in parts.items()}
             for path, parts in manifest["arrays"].items()
         }
         quantized = {path: _from_facts(facts) for path, facts in manifest["quantized"].items()}
+        leaves = {path: _leaf(parts, quantized.get(path)) for path, parts in shapes.items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise FpqError(f"{folder / _MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: device, leaves) if place is None else place(leaves)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        {path: _parts(leaf) for path, leaf in where.items()},
+    )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(folder.absolute() / _PARAMS, target)
