@@ -92,9 +92,7 @@ def save(directory: str | Path, model: Any) -> None:
         write_params(folder, params_of(model))
 
 
-def load(
-    directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None
-) -> Any:
+def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
     ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expand`` prepares the model to be
@@ -110,7 +108,8 @@ def load(
         config = read_config(folder)
         model_class = model_class_of(config)
         model_config = model_class.Config.from_hf(config)
-        params = read_params(folder, mesh and partial(shardings, model_class, model_config, mesh=mesh))
+        place = None if mesh is None else partial(shardings, model_class, model_config, mesh=mesh)
+        params = read_params(folder, place)
         if dtype is not None:
             params = {p: v if isinstance(v, QTensor) else v.astype(dtype) for p, v in params.items()}
     else:

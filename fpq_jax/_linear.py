@@ -123,22 +123,28 @@ def _divided_linear(x: Float[Array, "*batch in"], divided: Divided) -> Float[Arr
 
     def part(x, q):
         q = replace(q, shape=(x.shape[-1], q.shape[1]))
-        return jax.lax.psum(_quantized_linear(x, tokens_for(x, q, axis=MODEL), q, None), MODEL)
+        return jax.lax.psum(_quantized_linear(x, tokens_for(x, q, axis=MODEL), q, None, axis=MODEL), MODEL)
 
     specs = P(*(None,) * (x.ndim - 1), MODEL), replace(whole, codes=P(None, MODEL), low_rank=low_rank)
     return over_model(part, divided.mesh, specs, P())(x, q)
 
 
 def _quantized_linear(
-    x: Float[Array, "*batch in"], tokens: QuantizedTokens | None, q: QTensor, bias: Array | None
+    x: Float[Array, "*batch in"],
+    tokens: QuantizedTokens | None,
+    q: QTensor,
+    bias: Array | None,
+    *,
+    axis: str | None = None,
 ) -> Float[Array, "*batch out"]:
+    """``axis``: the results of the devices along it are to be added up."""
     if tokens is None:
         y = jnp.matmul(x, dequantize(q, x.dtype, low_rank=False), preferred_element_type=jnp.float32)
     else:
         y = _product(tokens, q)
     if q.low_rank is not None:
         with jax.named_scope("lorc"):
-            y = y + _low_rank_linear(x, q.low_rank)
+            y = y + _low_rank_linear(x, q.low_rank, axis)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
@@ -208,17 +214,24 @@ def _bfloat16_values(codes: Shaped[Array, "..."], fmt: Format, zero: Array | Non
     return values if zero is None else values - zero.astype(jnp.bfloat16)
 
 
-def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:
+def _low_rank_linear(
+    x: Float[Array, "*batch in"], low_rank: LowRank, axis: str | None = None
+) -> Float[Array, "*batch out"]:
     """(x A) B with bfloat16 operands and float32 accumulation; int8 codes are exact in bfloat16, their scale is not.
 
-    The result is bfloat16 where ``x`` is: the correction is small, and XLA then adds it in the epilogue.
+    The result is bfloat16 where ``x`` is: the correction is small, and XLA then adds it in the epilogue. Divided over
+    ``axis``, it is what a device adds to the sum: in bfloat16 of its own part of x A, otherwise an equal share of the
+    whole, since x A is rounded and is to be rounded as on one device.
     """
+    whole = axis is not None and x.dtype != jnp.bfloat16
     if x.dtype == jnp.bfloat16 and low_rank.scale is None:
         inner = jnp.matmul(x, low_rank.a, preferred_element_type=jnp.bfloat16)
     else:
         inner = _bfloat16_matmul(x, low_rank.a)
+        inner = jax.lax.psum(inner, axis) if whole else inner
         inner = inner if low_rank.scale is None else inner * low_rank.scale
     y = _bfloat16_matmul(inner, low_rank.b)
+    y = y / jax.lax.axis_size(axis) if whole else y
     return y.astype(jnp.bfloat16) if x.dtype == jnp.bfloat16 else y
 
 

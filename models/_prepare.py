@@ -1,6 +1,7 @@
 """A model made ready to be run: Linears of one input merged, weights in the form in which they stay in memory."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -96,9 +97,9 @@ class _Placement:
         where = sharding(self.model_class, f"{self.name}.{part}", shapes, self.mesh)
         if abstract:
             return jax.tree.map(_placed, shapes, where)
-        return jax.jit(f, static_argnames=tuple(static), out_shardings=where)(*arguments, **static)
+        return _laid_out(arguments, f, tuple(static.items()), tuple(jax.tree.leaves(where)))
 
-    def divided(self, kernel: QTensor) -> QTensor | Divided:
+    def divided(self, kernel: QTensor) -> Any:
         """Told to ``linear`` where a device has some of the inputs."""
         if self.mesh is None or division(self.model_class, self.name) != "inputs":
             return kernel
@@ -118,6 +119,13 @@ def _merge(module: Block, name: str, parts: tuple[str, ...], placement: _Placeme
     setattr(module, name, nnx.data(MergedLinear(kernel, bias, sizes, placement.shards)))
     for part in parts:
         setattr(module, part, None)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _laid_out(arguments: Any, f: Callable[..., Any], static: Any, where: tuple[Any, ...]) -> Any:
+    """f(*arguments, **static), its leaves ``where`` they belong; compiled once for all layers."""
+    leaves, structure = jax.tree.flatten(f(*arguments, **dict(static)))
+    return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, where))
 
 
 def _placed(leaf: Any, where: Any) -> Any:

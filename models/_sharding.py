@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from fpq_jax._errors import FpqError
 from fpq_jax._mesh import MODEL, check_mesh
-from fpq_jax._qtensor import LowRank, QTensor
+from fpq_jax._qtensor import QTensor
 from fpq_jax._tree import Flat
 
 Division = Literal["outputs", "inputs"]
@@ -76,20 +76,21 @@ def _specs(leaf: Any, part: str, how: Division | None, devices: int) -> Any:
 
 def _by_outputs(q: QTensor) -> QTensor:
     # what has one row is for all outputs: the scale of a whole tensor
-    specs = jax.tree.map(lambda a: P(MODEL) if a.ndim == 2 and a.shape[0] > 1 else _WHOLE, replace(q, low_rank=None))
-    if q.low_rank is None:
-        return specs
-    return replace(specs, low_rank=LowRank(_WHOLE, P(None, MODEL), None if q.low_rank.scale is None else _WHOLE))
+    rows: QTensor = jax.tree.map(lambda a: P(MODEL) if a.ndim == 2 and a.shape[0] > 1 else _WHOLE, q)
+    if rows.low_rank is None:
+        return rows
+    return replace(rows, low_rank=replace(rows.low_rank, a=_WHOLE, b=P(None, MODEL)))
 
 
 def _by_inputs(q: QTensor, devices: int) -> QTensor:
     inputs, columns = q.shape[0] // devices, P(None, MODEL)
-    specs: QTensor = jax.tree.map(lambda _: _WHOLE, q)
-    if not q.spec.format.packed or inputs % 2 == 0:
-        specs = replace(specs, codes=columns)
-    if inputs % q.spec.group_length(q.shape[0]) == 0:
-        grouped = [n for n in ("exponents", "group_scale", "zero") if getattr(q, n) is not None]
-        specs = replace(specs, **{n: columns for n in grouped if getattr(q, n).shape[1] > 1})
-    if q.low_rank is None:
-        return specs
-    return replace(specs, low_rank=replace(specs.low_rank, a=P(MODEL)))
+    of_groups = columns if inputs % q.spec.group_length(q.shape[0]) == 0 else _WHOLE
+    whole: QTensor = jax.tree.map(lambda _: _WHOLE, q)
+    return replace(
+        whole,
+        codes=_WHOLE if q.spec.format.packed and inputs % 2 else columns,
+        exponents=None if q.exponents is None else of_groups,
+        group_scale=None if q.group_scale is None else of_groups,
+        zero=None if q.zero is None else of_groups,
+        low_rank=None if whole.low_rank is None else replace(whole.low_rank, a=P(MODEL)),
+    )
