@@ -100,7 +100,7 @@ def hopper(
         raise FpqError(f"batch is {batch} and tokens {tokens}; both must be at least 1.")
     graph, state = nnx.split(model)
     slots = max(tokens, context or model.config.max_position_embeddings)
-    on = Rows(model.mesh and abstract_mesh(model.mesh), batch)
+    on = Rows(None if model.mesh is None else abstract_mesh(model.mesh), batch)
     make = lambda: model.init_cache(batch, slots, cache_dtype(model, kv_cache))
     cache = jax.eval_shape(make) if model.mesh is None else on.cache(make)
     keys = jax.eval_shape(lambda: row_keys(0, batch))
