@@ -97,6 +97,12 @@ def test_an_fp8_cache_is_half_of_bfloat16s_and_hardly_changes_the_logits(tiny_ll
     assert 1e-4 < error < 0.05
 
 
+def test_several_rows_in_bfloat16(tiny_llama):
+    """Products of which XLA has no batched form on the CPU."""
+    generator = Generator(load(tiny_llama, dtype="bfloat16"))
+    assert [len(row) for row in generator(PROMPTS, max_new_tokens=4).tokens] == [4] * 4
+
+
 def test_sampling_follows_its_seed_and_temperature(tiny_llama):
     model = load(tiny_llama)
     draw = lambda seed, t: generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(temperature=t), seed=seed)
