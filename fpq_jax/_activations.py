@@ -26,15 +26,20 @@ class QuantizedTokens(NamedTuple):
     zero: Any
 
 
-def quantize_tokens(x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None) -> QuantizedTokens:
-    """Codes of ``x`` and one scale per token (absmax / format max; 1 for a token of zeros), or the ``fixed`` one."""
+def quantize_tokens(
+    x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None, *, axis: str | None = None
+) -> QuantizedTokens:
+    """Codes of ``x`` and one scale per token (absmax / format max; 1 for a token of zeros), or the ``fixed`` one.
+
+    ``axis``: under ``shard_map``, the mesh axis that a token's inputs are divided over.
+    """
     if fixed is not None:
         codes, scale = _codes(x, fmt, fixed), fixed
     else:
         # Behind the barrier nobody computes these again: XLA would repeat a norm and its absmax in every product's
         # epilogue. For few tokens the scale is outside of it, cheaper there than as a kernel of its own; for many XLA
         # makes one anyway, and another where the codes are made.
-        bounds = _token_bounds(x, fmt)
+        bounds = _token_bounds(x, fmt, axis)
         scale = _token_scale(bounds, fmt)
         codes = _codes(x, fmt, scale)
         if math.prod(x.shape[:-1]) < _MANY_TOKENS:
@@ -53,10 +58,10 @@ def fake_quantize_tokens(
     return scale.numbers(scale.values(x.astype(jnp.float32), fmt), fmt).astype(x.dtype)
 
 
-def tokens_for(x: Float[Array, "*batch in"], q: QTensor) -> QuantizedTokens:
+def tokens_for(x: Float[Array, "*batch in"], q: QTensor, *, axis: str | None = None) -> QuantizedTokens:
     """The activations that ``q`` meets, quantized as its spec says."""
     assert q.spec.activation is not None
-    return quantize_tokens(x, q.spec.activation, static_scale(q))
+    return quantize_tokens(x, q.spec.activation, static_scale(q), axis=axis)
 
 
 def static_scale(q: QTensor) -> Scale | None:
@@ -72,11 +77,13 @@ def _codes(x: Float[Array, "*batch in"], fmt: Format, scale: Scale) -> Shaped[Ar
     return encode(scale.divided(x.astype(jnp.float32), fmt), fmt)
 
 
-def _token_bounds(x: Float[Array, "*batch in"], fmt: Format) -> tuple[Array, ...]:
+def _token_bounds(x: Float[Array, "*batch in"], fmt: Format, axis: str | None = None) -> tuple[Array, ...]:
     """What a token's scale is made of: its absmax; its least and its largest value for asymmetric integers."""
     if fmt.asymmetric:
-        return jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
-    return (jnp.max(jnp.abs(x), axis=-1, keepdims=True),)
+        low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+        return (low, high) if axis is None else (jax.lax.pmin(low, axis), jax.lax.pmax(high, axis))
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    return (absmax if axis is None else jax.lax.pmax(absmax, axis),)
 
 
 def _token_scale(bounds: tuple[Array, ...], fmt: Format) -> Scale:

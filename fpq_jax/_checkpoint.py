@@ -14,16 +14,19 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from fpq_jax._atomic import write_json
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
-from fpq_jax._parts import Entry, PartsWriter, Sharding, abstract_part, read_part
+from fpq_jax._parts import Entry, PartsWriter, Sharding, abstract_part, arrays_of, read_part
 from fpq_jax._qtensor import QTensor
 from fpq_jax._residency import Residency, check_residency
 from fpq_jax._tree import Flat
@@ -31,13 +34,16 @@ from fpq_jax._unfinished import is_unfinished
 from fpq_jax.models import (
     HfCheckpoint,
     abstract_model,
+    check_division,
     model_class_of,
+    on_mesh,
     open_checkpoint,
     params_of,
     part_names,
     part_of,
     prepare_in_place,
     read_config,
+    shardings,
     to_hf_config,
     with_params,
 )
@@ -129,26 +135,48 @@ def save(directory: str | Path, model: Any) -> None:
         write_params(folder, type(model), params_of(model))
 
 
-def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None) -> Any:
+def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
     ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expand`` prepares the model to be
     run (see ``prepare``): "load" turns packed 4-bit codes into FP8 once, exactly, where their scales allow it; "step"
     leaves them packed, half the memory, and expands them in each product. None leaves everything as stored, for
-    ``save``. Raises FpqError.
+    ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
+    device reads its own part. Raises FpqError.
     """
     if expand is not None:
         check_residency(expand)
     checkpoint = open_model(resolve_model(directory))
+    if mesh is not None:
+        check_division(checkpoint.model_class, checkpoint.model_config, mesh)
     if dtype is None and isinstance(checkpoint, HfCheckpoint):
         dtype = checkpoint.dtype
     params: Flat = {}
     for name in part_names(checkpoint.model_config):
-        # on the device part by part: the host holds one layer at a time
-        params |= jax.tree.map(jnp.asarray, checkpoint.read_part(name, dtype))
+        # on the devices part by part: the host holds one layer at a time
+        params |= _read_onto(checkpoint, name, dtype, mesh)
     model = with_params(abstract_model(checkpoint.model_class, checkpoint.model_config), params)
+    model = model if mesh is None else on_mesh(model, mesh)
     del params  # so that what preparing replaces is freed
     return model if expand is None else prepare_in_place(model, expand)
+
+
+def _distributed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _read_onto(checkpoint: QuantizedCheckpoint | HfCheckpoint, name: str, dtype: Any, mesh: Mesh | None) -> Flat:
+    """A part's parameters on the default device, or divided over the mesh."""
+    place = partial(shardings, checkpoint.model_class, checkpoint.model_config, mesh=mesh)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        if mesh is None:
+            return checkpoint.read_part(name, dtype)
+        where = {path: arrays_of(leaf) for path, leaf in place(abstract_part(checkpoint.entries[name])).items()}
+        return checkpoint.read_part(name, dtype, lambda path, part, shape: where[path][part])
+    params = checkpoint.read_part(name, dtype)
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(_distributed, params, place(params))
 
 
 def check_output(directory: Path) -> None:

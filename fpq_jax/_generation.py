@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fpq_jax._errors import FpqError
+from fpq_jax._rows import Rows
 
 KvCache = Literal["model", "float8"]
 _MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serve again
@@ -104,13 +105,14 @@ class Generator:
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        cache = self._model.init_cache(len(prompts), slots, self._dtype)
+        on = Rows(self._model.mesh, len(prompts))
+        cache = on.cache(lambda: self._model.init_cache(len(prompts), slots, self._dtype))
         cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-        key = jax.random.key(seed)
-        first = (self._state, jnp.asarray(tokens), cache, jnp.asarray(lengths, jnp.int32), key)
-        prefill = self._program(_prefill, sampling, first)
-        later = (self._state, first[3], cache, first[3], key)
-        step = self._program(_step, sampling, later)
+        at, keys = on.placed(np.asarray(lengths, np.int32)), on.keys(seed)
+        first = (self._state, on.placed(tokens), cache, at, keys)
+        run_prefill = self._program(prefill, on, sampling, first)
+        later = (self._state, at, cache, at, keys)
+        run_step = self._program(step, on, sampling, later)
 
         rows: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
@@ -125,12 +127,12 @@ class Generator:
                     running.discard(row)
 
         began = time.perf_counter()
-        token, cache, position = prefill(*first)
+        token, cache, position = run_prefill(*first)
         token.block_until_ready()
         prefill_seconds = time.perf_counter() - began
         began, steps = time.perf_counter(), 0
         for _ in range(max(room) - 1):
-            following, cache, position = step(self._state, token, cache, position, key)
+            following, cache, position = run_step(self._state, token, cache, position, keys)
             take(np.asarray(token))
             token = following
             if not running:
@@ -140,11 +142,12 @@ class Generator:
             take(np.asarray(token))
         return Generated(rows, prefill_seconds, time.perf_counter() - began, steps, cache_bytes)
 
-    def _program(self, function: Any, sampling: Sampling, arguments: tuple[Any, ...]) -> Any:
+    def _program(self, function: Any, on: Rows, sampling: Sampling, arguments: tuple[Any, ...]) -> Any:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
         at = (function, sampling, shapes)
         if at not in self._programs:
-            self._programs[at] = function.lower(self._graph, sampling, *arguments).compile()
+            jitted = jax.jit(on.over(function), static_argnums=(0, 1), donate_argnums=4)
+            self._programs[at] = jitted.lower(self._graph, sampling, *arguments).compile()
         return self._programs[at]
 
 
@@ -155,11 +158,11 @@ def prefill(
     tokens: Int[Array, "B T"],
     cache: Any,
     lengths: Int[Array, " B"],
-    key: Array,
+    keys: Shaped[Array, " B"],
 ) -> tuple[Int[Array, " B"], Any, Int[Array, " B"]]:
     """(each row's next token, the cache with the prompts in it, the position of that token)."""
     logits, cache = nnx.merge(graph, state)(tokens, cache, last=lengths - 1)
-    return sample(logits[:, 0], sampling, key, lengths), cache, lengths
+    return sample(logits[:, 0], sampling, keys, lengths), cache, lengths
 
 
 def step(
@@ -169,29 +172,25 @@ def step(
     token: Int[Array, " B"],
     cache: Any,
     position: Int[Array, " B"],
-    key: Array,
+    keys: Shaped[Array, " B"],
 ) -> tuple[Int[Array, " B"], Any, Int[Array, " B"]]:
     """The same for one more token of each row, which is at ``position``. Rows that ended go on in the last slot."""
     logits, cache = nnx.merge(graph, state)(token[:, None], cache, position)
     position = jnp.minimum(position + 1, cache[0].length - 1)
-    return sample(logits[:, 0], sampling, key, position), cache, position
+    return sample(logits[:, 0], sampling, keys, position), cache, position
 
 
-_prefill = jax.jit(prefill, static_argnums=(0, 1), donate_argnums=4)
-_step = jax.jit(step, static_argnums=(0, 1), donate_argnums=4)
-
-
-def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Array, position: Int[Array, " B"]) -> Int[Array, " B"]:
-    """A token for each row; random numbers depend on the row and the position."""
+def sample(
+    logits: Float[Array, "B V"], sampling: Sampling, keys: Shaped[Array, " B"], position: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """A token for each row; random numbers depend on its key and the position."""
     logits = logits.astype(jnp.float32)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         logits = jnp.where(_likeliest(logits, sampling.top_p), logits, -jnp.inf)
-    keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(
-        jnp.arange(len(logits)), position
-    )
+    keys = jax.vmap(jax.random.fold_in)(keys, position)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

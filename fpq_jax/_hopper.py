@@ -5,18 +5,23 @@ routes for a matrix product: "cublas" (XLA's Triton GEMMs off) and "triton" (wit
 happen without a device).
 """
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpq_jax._errors import FpqError
 from fpq_jax._generation import GREEDY, cache_dtype, prefill, step
+from fpq_jax._mesh import abstract_mesh
 from fpq_jax._program import Program
+from fpq_jax._rows import Rows, row_keys
 
 Route = Literal["cublas", "triton"]
 
@@ -52,7 +57,8 @@ def compile_for_hopper(
 ) -> Program:
     """Compile ``function`` for an H100: its kernels, matrix products and memory. Nothing is run.
 
-    ``arguments``: arrays or ShapeDtypeStructs, in any pytrees; only their shapes and dtypes count. ``ptx`` also keeps
+    ``arguments``: arrays or ShapeDtypeStructs, in any pytrees; only their shapes, dtypes and shardings count. Where
+    some are on a mesh, the program is one device's of as many H100s on one host. ``ptx`` also keeps
     the assembly of XLA's own kernels. ``capability`` 8 is a GPU without FP8 (an A100's generation), to compare.
     Raises FpqError where the compiler is not to be had.
     """
@@ -60,9 +66,9 @@ def compile_for_hopper(
         raise FpqError(f"route is {route!r}; it must be {' or '.join(get_args(Route))}.")
     if capability not in _CAPABILITIES:
         raise FpqError(f"capability is {capability!r}; it must be 9 or 8.")
-    sharding = jax.sharding.SingleDeviceSharding(_device(capability))
     static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
-    abstract = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    where = _on_hoppers([a for i, a in enumerate(arguments) if i not in static], capability)
+    abstract = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf))
     shapes = [a if i in static else jax.tree.map(abstract, a) for i, a in enumerate(arguments)]
     lowered = jax.jit(function, donate_argnums=donate_argnums, static_argnums=static_argnums).lower(*shapes)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,24 +93,28 @@ def hopper(
 
     ``tokens`` 1 is a step that decodes one token for each of ``batch`` rows; more is the prefill of prompts of so many.
     ``context`` slots are in the cache, by default the model's longest. Works on abstract models, so shapes that do not
-    fit this machine's memory can be asked about.
+    fit this machine's memory can be asked about. A model on a mesh is compiled for as many H100s: for two of them,
+    ``prepare(model, mesh=jax.sharding.AbstractMesh((1, 2), ("data", "model")))``.
     """
     if batch < 1 or tokens < 1:
         raise FpqError(f"batch is {batch} and tokens {tokens}; both must be at least 1.")
     graph, state = nnx.split(model)
     slots = max(tokens, context or model.config.max_position_embeddings)
-    cache = jax.eval_shape(lambda: model.init_cache(batch, slots, cache_dtype(model, kv_cache)))
-    key, rows = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    on = Rows(None if model.mesh is None else abstract_mesh(model.mesh), batch)
+    make = lambda: model.init_cache(batch, slots, cache_dtype(model, kv_cache))
+    cache = jax.eval_shape(make) if model.mesh is None else on.cache(make)
+    keys = jax.eval_shape(lambda: row_keys(0, batch))
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     given = rows if tokens == 1 else jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
     return compile_for_hopper(
-        step if tokens == 1 else prefill,
+        on.over(step if tokens == 1 else prefill),
         graph,
         GREEDY,
         state,
         given,
         cache,
         rows,
-        key,
+        keys,
         route=route,
         donate_argnums=4,
         static_argnums=(0, 1),
@@ -113,17 +123,32 @@ def hopper(
     )
 
 
-def _device(capability: int) -> Any:
+def _on_hoppers(arguments: list[Any], capability: int) -> Callable[[Any], Any]:
+    """Where an argument is on H100s, from where it is: one, or a mesh of as many as the arguments'."""
+    known = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
+    meshes = {abstract_mesh(s.mesh) for s in known if isinstance(s, NamedSharding)}
+    if not meshes:
+        alone = jax.sharding.SingleDeviceSharding(_devices(capability, 1)[0])
+        return lambda leaf: alone
+    if len(meshes) > 1:
+        raise FpqError(f"The arguments are on {len(meshes)} meshes; put them on one.")
+    sizes = meshes.pop().shape
+    mesh = Mesh(np.array(_devices(capability, math.prod(sizes.values()))).reshape(tuple(sizes.values())), tuple(sizes))
+    spec = lambda where: where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+    return lambda leaf: NamedSharding(mesh, spec(getattr(leaf, "sharding", None)))
+
+
+def _devices(capability: int, count: int) -> Any:
     from jax.experimental import topologies
 
     target = " ".join(_H100.split()) % _CAPABILITIES[capability]
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x1", target_config=target
+            platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=target
         )
     except (NotImplementedError, RuntimeError) as error:
         raise FpqError(
             "Compiling for an H100 needs the extra hopper (pip install 'fpq-jax[hopper]') and JAX_PLATFORMS=cpu in the "
             f"environment before JAX starts ({type(error).__name__}: {str(error).partition(chr(10))[0]})."
         ) from error
-    return topology.devices[0]
+    return topology.devices

@@ -17,15 +17,18 @@ sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._activations import QuantizedTokens, fake_quantize_tokens, tokens_for
 from fpq_jax._formats import E5M2, Format, IntFormat, decode, unpack
+from fpq_jax._mesh import MODEL, over_model
 from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, pad_to
 from fpq_jax._scales import Scale
 
@@ -48,6 +51,19 @@ def product_kind(q: QTensor) -> ProductKind:
     return "codes" if one_scale else "dequantized"
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Divided:
+    """A kernel of FP8 products whose inputs are divided over the "model" axis of ``mesh``.
+
+    Each device multiplies its part of the inputs, LoRC's product with it, and the results are added up in the dtype of
+    the input. What is sent is that, and a token's absmax before it, so that all quantize with one scale.
+    """
+
+    kernel: QTensor
+    mesh: Mesh | AbstractMesh = field(metadata={"static": True})
+
+
 @dataclass(frozen=True)
 class Observed:
     """A kernel that is still an array, seen by calibration: the product is taken with the activations quantized as
@@ -62,7 +78,7 @@ class Observed:
 
 def linear(
     x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"] | QTensor | Observed,
+    kernel: Float[Array, "in out"] | QTensor | Divided | Observed,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor."""
@@ -75,7 +91,7 @@ def linears(x: Float[Array, "*batch in"], weights: Sequence[tuple[Any, Any]]) ->
     results = []
     for kernel, bias in weights:
         if not isinstance(kernel, QTensor):
-            y = _observe(x, kernel) if isinstance(kernel, Observed) else x @ kernel
+            y = _other_linear(x, kernel)
             results.append(y if bias is None else y + bias)
             continue
         tokens = None
@@ -87,22 +103,48 @@ def linears(x: Float[Array, "*batch in"], weights: Sequence[tuple[Any, Any]]) ->
     return results
 
 
+def _other_linear(x: Float[Array, "*batch in"], kernel: Any) -> Float[Array, "*batch out"]:
+    if isinstance(kernel, Divided):
+        return _divided_linear(x, kernel)
+    return _observe(x, kernel) if isinstance(kernel, Observed) else x @ kernel
+
+
 def _observe(x: Float[Array, "*batch in"], kernel: Observed) -> Float[Array, "*batch out"]:
     seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation, kernel.fixed)
     kernel.record(x, seen)
     return seen @ kernel.kernel
 
 
+def _divided_linear(x: Float[Array, "*batch in"], divided: Divided) -> Float[Array, "*batch out"]:
+    # before it is divided: an exponent may be for inputs of two devices
+    q = expand(divided.kernel)
+    whole: QTensor = jax.tree.map(lambda _: P(), q)
+    low_rank = None if whole.low_rank is None else replace(whole.low_rank, a=P(MODEL))
+
+    def part(x, q):
+        q = replace(q, shape=(x.shape[-1], q.shape[1]))
+        return jax.lax.psum(_quantized_linear(x, tokens_for(x, q, axis=MODEL), q, None, axis=MODEL), MODEL)
+
+    specs = P(*(None,) * (x.ndim - 1), MODEL), replace(whole, codes=P(None, MODEL), low_rank=low_rank)
+    return over_model(part, divided.mesh, specs, P())(x, q)
+
+
 def _quantized_linear(
-    x: Float[Array, "*batch in"], tokens: QuantizedTokens | None, q: QTensor, bias: Array | None
+    x: Float[Array, "*batch in"],
+    tokens: QuantizedTokens | None,
+    q: QTensor,
+    bias: Array | None,
+    *,
+    axis: str | None = None,
 ) -> Float[Array, "*batch out"]:
+    """``axis``: the results of the devices along it are to be added up."""
     if tokens is None:
         y = jnp.matmul(x, dequantize(q, x.dtype, low_rank=False), preferred_element_type=jnp.float32)
     else:
         y = _product(tokens, q)
     if q.low_rank is not None:
         with jax.named_scope("lorc"):
-            y = y + _low_rank_linear(x, q.low_rank)
+            y = y + _low_rank_linear(x, q.low_rank, axis)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
@@ -172,17 +214,24 @@ def _bfloat16_values(codes: Shaped[Array, "..."], fmt: Format, zero: Array | Non
     return values if zero is None else values - zero.astype(jnp.bfloat16)
 
 
-def _low_rank_linear(x: Float[Array, "*batch in"], low_rank: LowRank) -> Float[Array, "*batch out"]:
+def _low_rank_linear(
+    x: Float[Array, "*batch in"], low_rank: LowRank, axis: str | None = None
+) -> Float[Array, "*batch out"]:
     """(x A) B with bfloat16 operands and float32 accumulation; int8 codes are exact in bfloat16, their scale is not.
 
-    The result is bfloat16 where ``x`` is: the correction is small, and XLA then adds it in the epilogue.
+    The result is bfloat16 where ``x`` is: the correction is small, and XLA then adds it in the epilogue. Divided over
+    ``axis``, it is what a device adds to the sum: in bfloat16 of its own part of x A, otherwise an equal share of the
+    whole, since x A is rounded and is to be rounded as on one device.
     """
+    whole = axis is not None and x.dtype != jnp.bfloat16
     if x.dtype == jnp.bfloat16 and low_rank.scale is None:
         inner = jnp.matmul(x, low_rank.a, preferred_element_type=jnp.bfloat16)
     else:
         inner = _bfloat16_matmul(x, low_rank.a)
+        inner = jax.lax.psum(inner, axis) if whole else inner
         inner = inner if low_rank.scale is None else inner * low_rank.scale
     y = _bfloat16_matmul(inner, low_rank.b)
+    y = y / jax.lax.axis_size(axis) if whole else y
     return y.astype(jnp.bfloat16) if x.dtype == jnp.bfloat16 else y
 
 

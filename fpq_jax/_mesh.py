@@ -5,10 +5,11 @@ divides rows over "data" and weights over "model".
 """
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from fpq_jax._errors import FpqError
 
@@ -46,7 +47,28 @@ def parse_mesh(text: str | None) -> Mesh:
     return make_mesh(**sizes)
 
 
-def check_mesh(mesh: Mesh) -> None:
+def abstract_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    """Its axes without the devices: what programs hold, so that they can be compiled for others."""
+    return AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names))
+
+
+def over_model(function: Any, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Any:
+    """``function`` of each device's parts under the "model" axis; what the specs leave out is for XLA to divide.
+
+    Inside another ``shard_map`` that one's mesh counts, which may have other devices or none.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        function,
+        mesh=mesh if context.empty else None,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={MODEL},
+        check_vma=False,
+    )
+
+
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
     """FpqError for a mesh without the two axes."""
     if tuple(mesh.axis_names) != AXES:
         raise FpqError(f"The mesh has axes {', '.join(map(str, mesh.axis_names))}; make one with fpq_jax.make_mesh.")

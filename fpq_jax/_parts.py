@@ -36,7 +36,7 @@ class PartsWriter:
 
     def write(self, name: str, params: Flat) -> Entry:
         """Begin to write a part; the entry that describes it."""
-        arrays = {path: _arrays(leaf) for path, leaf in params.items()}
+        arrays = {path: arrays_of(leaf) for path, leaf in params.items()}
         with _said(f"{name} cannot be written to {self._folder}", "make room there and start again"):
             self._checkpointer.wait_until_finished()
             if arrays:
@@ -95,7 +95,7 @@ def entry_of(params: Flat) -> Entry:
     return {
         "quantized": {path: _facts(q) for path, q in params.items() if isinstance(q, QTensor)},
         "arrays": {
-            path: {part: {"shape": list(a.shape), "dtype": str(a.dtype)} for part, a in _arrays(leaf).items()}
+            path: {part: {"shape": list(a.shape), "dtype": str(a.dtype)} for part, a in arrays_of(leaf).items()}
             for path, leaf in params.items()
         },
     }
@@ -114,7 +114,7 @@ def _said(what: str, remedy: str) -> Iterator[None]:
 _ARRAYS = [f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static") and f.name != "low_rank"]
 
 
-def _arrays(leaf: Any) -> dict[str, Any]:
+def arrays_of(leaf: Any) -> dict[str, Any]:
     """The arrays of a parameter by name; a plain array is called "value"."""
     if not isinstance(leaf, QTensor):
         return {"value": leaf}
@@ -125,7 +125,7 @@ def _arrays(leaf: Any) -> dict[str, Any]:
 
 
 def _leaves(arrays: dict[str, dict[str, Any]], entry: Entry) -> Flat:
-    """The inverse of ``_arrays`` for each path."""
+    """The inverse of ``arrays_of`` for each path."""
     try:
         quantized = {path: _from_facts(facts) for path, facts in entry["quantized"].items()}
     except (KeyError, TypeError, AttributeError) as error:

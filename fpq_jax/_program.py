@@ -5,7 +5,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-KernelKind = Literal["fp8_matmul", "matmul", "fusion", "copy", "other"]
+KernelKind = Literal["fp8_matmul", "matmul", "fusion", "copy", "collective", "other"]
+
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 # what launches nothing
 _NO_KERNELS = frozenset({"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "partition-id"})
@@ -19,7 +29,8 @@ _LAYOUT = re.compile(r"\{[^{}]*\}")
 class Kernel:
     """One launch. scope: where it is from, "jit(step)/lorc/dot_general"; output: its type, "bf16[16,4096]".
 
-    operands: of a matrix product the types of its two factors. op: HLO's, "custom-call" for a library's kernel.
+    operands: of a matrix product the types of its two factors. op: HLO's, "custom-call" for a library's kernel,
+    "all-reduce" and the like for a collective.
     """
 
     kind: KernelKind
@@ -63,10 +74,12 @@ class Program:
         count = Counter(kernel.kind for kernel in self.kernels)
         scopes = Counter(_scope_of(k.scope) for k in self.matmuls("matmul"))
         others = ", ".join(f"{n} in {scope}" for scope, n in sorted(scopes.items()))
+        collectives = f"{count['collective']} collectives, " if count["collective"] else ""
         return (
             f"{len(self.kernels)} kernels: {count['fp8_matmul']} FP8 products, {count['matmul']} other products"
             f"{f' ({others})' if others else ''}, {count['fusion']} fusions, {count['copy']} copies, "
-            f"{count['other']} others; {self.argument_bytes:,} bytes of arguments, {self.temp_bytes:,} of temporaries"
+            f"{collectives}{count['other']} others; {self.argument_bytes:,} bytes of arguments, "
+            f"{self.temp_bytes:,} of temporaries"
         )
 
 
@@ -103,10 +116,12 @@ def _launched(computations: dict[str, list[re.Match[str]]], name: str) -> list[K
         called = [c for c in _CALLED.findall(rest) if c in computations]
         if op in _NO_KERNELS or op.endswith("-done"):
             continue
-        if op in ("call", "while", "conditional"):
+        if op in ("call", "while", "conditional", "async-start"):
             kernels += [kernel for c in called for kernel in _launched(computations, c)]
             continue
         kind: KernelKind = "copy" if op in ("copy", "copy-start", "transpose") else "other"
+        if op.removesuffix("-start") in _COLLECTIVES:
+            kind, op = "collective", op.removesuffix("-start")
         factors: tuple[str, ...] = ()
         if op == "custom-call" and "__cublas" in rest:
             factors = _operand_types(rest, types)[:2]

@@ -174,19 +174,26 @@ def expand(q: QTensor) -> QTensor:
     )
     if q.exponents is None:
         return replace(q, codes=decode(codes, fmt, jnp.float8_e4m3fn), spec=spec)
+    check_exponents(q)
     low, high = fmt.exact_shifts
-    if not isinstance(q.exponents, jax.core.Tracer) and q.exponents.size:
-        with jax.ensure_compile_time_eval():  # they may be constants of a function that is being traced
-            found = int(jnp.min(q.exponents)), int(jnp.max(q.exponents))
-        if found[0] < low or found[1] > high:
-            raise FpqError(
-                f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {fmt} expands exactly."
-            )
     # one byte table per shift: adding to the exponent field would be wrong for 0 and subnormals
     shifted = np.asarray(fmt.table, np.float64) * 2.0 ** np.arange(low, high + 1)[:, None]
     table = shifted.astype(jnp.float8_e4m3fn)
     index = _per_weight((q.exponents - low).astype(jnp.uint8), q) * 16 + codes
     return replace(q, codes=jnp.asarray(table.ravel())[index], exponents=None, spec=spec)
+
+
+def check_exponents(q: QTensor) -> None:
+    """FpqError for exponents, where there are any to look at, with which ``expand`` would not be exact."""
+    if q.exponents is None or isinstance(q.exponents, (jax.core.Tracer, jax.ShapeDtypeStruct)) or not q.exponents.size:
+        return
+    low, high = q.spec.format.exact_shifts
+    with jax.ensure_compile_time_eval():  # they may be constants of a function that is being traced
+        found = int(jnp.min(q.exponents)), int(jnp.max(q.exponents))
+    if found[0] < low or found[1] > high:
+        raise FpqError(
+            f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {q.spec.format} expands exactly."
+        )
 
 
 def pad_to(codes: Shaped[Array, "out in"], rows: int, columns: int) -> Shaped[Array, "outs ins"]:

@@ -27,13 +27,17 @@ def check_residency(how: Any) -> None:
         raise FpqError(f"expand is {how!r}; it must be {' or '.join(get_args(Residency))}.")
 
 
-def resident(kernel: Any, how: str) -> Any:
-    """A kernel in the form in which it stays in memory; arrays, and weights without an FP8 form, stay as they are."""
+def resident(kernel: Any, how: str, *, pad: bool = True) -> Any:
+    """A kernel in the form in which it stays in memory; arrays, and weights without an FP8 form, stay as they are.
+
+    ``pad`` False leaves padding to ``linear``: zeros behind the last row or column would move the parts of a weight
+    that is divided over devices.
+    """
     if not isinstance(kernel, QTensor):
         return kernel
     if how == "load" and kernel.has_fp8_form and product_kind(kernel) != "int8":
         kernel = expand(kernel)
-    if kernel.spec.format.is_float8 and product_kind(kernel) == "fp8":
+    if pad and kernel.spec.format.is_float8 and product_kind(kernel) == "fp8":
         kernel = replace(kernel, codes=pad_to(kernel.codes, FP8_MULTIPLE, FP8_MULTIPLE))
     return kernel
 
@@ -50,30 +54,42 @@ def can_concatenate(kernels: Sequence[Any]) -> bool:
     )
 
 
-def concatenate(kernels: Sequence[Any]) -> Any:
-    """One kernel with the outputs of all, in order; see ``can_concatenate``. QTensors' codes must not be padded yet."""
+def concatenate(kernels: Sequence[Any], shards: int = 1) -> Any:
+    """One kernel with the outputs of all, in order; see ``can_concatenate``. QTensors' codes must not be padded yet.
+
+    More ``shards``: one after the other, each with its equal part of every kernel's outputs in order.
+    """
     if not isinstance(kernels[0], QTensor):
-        return jnp.concatenate(kernels, axis=1)
+        return joined(kernels, 1, shards)
     rows: dict[str, Any] = {}
     for name in ("codes", "row_scale", "exponents", "group_scale", "zero"):
         if getattr(kernels[0], name) is not None:
-            rows[name] = jnp.concatenate([getattr(kernel, name) for kernel in kernels])
+            rows[name] = joined([getattr(kernel, name) for kernel in kernels], 0, shards)
     shape = (kernels[0].shape[0], sum(kernel.shape[1] for kernel in kernels))
-    return QTensor(**rows, low_rank=_concatenate_low_rank(kernels), spec=kernels[0].spec, shape=shape)
+    return QTensor(**rows, low_rank=_concatenate_low_rank(kernels, shards), spec=kernels[0].spec, shape=shape)
 
 
-def _concatenate_low_rank(kernels: Sequence[QTensor]) -> LowRank | None:
+def joined(arrays: Sequence[Array], axis: int, shards: int) -> Array:
+    """Arrays concatenated along ``axis``, by parts as in ``concatenate``."""
+    if shards == 1:
+        return jnp.concatenate(arrays, axis)
+    apart = [a.reshape(*a.shape[:axis], shards, -1, *a.shape[axis + 1 :]) for a in arrays]
+    whole = jnp.concatenate(apart, axis + 1)
+    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
+
+
+def _concatenate_low_rank(kernels: Sequence[QTensor], shards: int) -> LowRank | None:
     """The factors A side by side, and the factors B as blocks on a diagonal."""
     present = [kernel.low_rank for kernel in kernels if kernel.low_rank is not None]
     if not present:
         return None
     a = jnp.concatenate([factors.a for factors in present], axis=1)
     scale = None if present[0].scale is None else jnp.concatenate([factors.scale for factors in present])
-    b: Array = jnp.zeros((a.shape[1], sum(kernel.shape[1] for kernel in kernels)), present[0].b.dtype)
-    rank = column = 0
+    blocks, rank = [], 0
     for kernel in kernels:
+        block: Array = jnp.zeros((a.shape[1], kernel.shape[1]), present[0].b.dtype)
         if kernel.low_rank is not None:
-            b = b.at[rank : rank + len(kernel.low_rank.b), column : column + kernel.shape[1]].set(kernel.low_rank.b)
+            block = block.at[rank : rank + len(kernel.low_rank.b)].set(kernel.low_rank.b)
             rank += len(kernel.low_rank.b)
-        column += kernel.shape[1]
-    return LowRank(a, b, scale)
+        blocks.append(block)
+    return LowRank(a, joined(blocks, 1, shards), scale)

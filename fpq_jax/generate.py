@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fpq_jax._checkpoint import load, resolve_model, stored_bytes
-from fpq_jax._console import console, run_command
+from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import Generator, KvCache, Sampling
+from fpq_jax._mesh import parse_mesh
 from fpq_jax._report import size_text
 from fpq_jax._residency import Residency
 from fpq_jax._text import load_tokenizer
@@ -35,16 +36,23 @@ class Options:
     """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): half the memory."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or in FP8 (float8): half the memory of 16 bits."""
+    mesh: str | None = None
+    """Devices, as data=2,model=4: rows divided over data, weights over model; left out, one device."""
+    distributed: bool = False
+    """Join the same command's other processes; see the README."""
 
 
 def main(options: Options) -> None:
     """Run the command; FpqError for anything wrong with its input."""
+    if options.distributed:
+        join_processes()
     if not options.prompt:
         raise FpqError("There is no --prompt; give some text.")
     check_at_least(1, max_new_tokens=options.max_new_tokens)
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
-    model = load(folder, expand=options.expand)
+    mesh = parse_mesh(options.mesh)
+    model = load(folder, expand=options.expand, mesh=mesh if mesh.size > 1 else None)
     tokenizer = load_tokenizer(folder)
     shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])
     result = Generator(model, kv_cache=options.kv_cache)(

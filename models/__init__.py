@@ -19,7 +19,8 @@ from fpq_jax.models._convert import (
     with_params,
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
-from fpq_jax.models._prepare import prepare, prepare_in_place
+from fpq_jax.models._prepare import on_mesh, prepare, prepare_in_place
+from fpq_jax.models._sharding import check_division, shardings
 from fpq_jax.models.llama import Llama, LlamaConfig
 from fpq_jax.models.opt import Opt, OptConfig
 
@@ -53,8 +54,10 @@ __all__ = [
     "OptConfig",
     "abstract_model",
     "build_model",
+    "check_division",
     "linear_name",
     "model_class_of",
+    "on_mesh",
     "open_checkpoint",
     "params_of",
     "part_names",
@@ -62,6 +65,7 @@ __all__ = [
     "prepare",
     "prepare_in_place",
     "read_config",
+    "shardings",
     "to_hf_config",
     "to_hf_tensors",
     "with_params",

@@ -73,22 +73,22 @@ class LayerCache:
         query = query.reshape(batch, tokens, self.key.shape[1], -1, size)
         # heads stand before slots, so that a row of scores is contiguous and its softmax one kernel; FP8's scales are
         # applied to scores and weights, and codes, which the query's dtype holds exactly, are read as they are
-        scores = jnp.einsum(
-            "btkgc,bksc->bkgts", query, self.key.astype(query.dtype), preferred_element_type=jnp.float32
-        ) * np.float32(size**-0.5)
+        scores = _einsum("btkgc,bksc->bkgts", query, self.key.astype(query.dtype)) * np.float32(size**-0.5)
         if self.key_scale is not None:
             scores = scores * self.key_scale[:, :, None, None, :]
         seen = jnp.arange(self.length) <= positions[:, None, None, :, None]
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
         if self.value_scale is not None:
             weights = weights * self.value_scale[:, :, None, None, :]
-        out = jnp.einsum(
-            "bkgts,bksc->btkgc",
-            weights.astype(query.dtype),
-            self.value.astype(query.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        out = _einsum("bkgts,bksc->btkgc", weights.astype(query.dtype), self.value.astype(query.dtype))
         return out.astype(query.dtype).reshape(batch, tokens, heads, size)
+
+
+def _einsum(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In float32. XLA's CPU has no batched product of bfloat16 that gives it, and is handed float32."""
+    product = lambda x, y: jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    widened = lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32))
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=product)
 
 
 def attend(

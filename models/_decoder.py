@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,20 @@ class Decoder(nnx.Module):
 
     A model class has these tables for its Hugging Face checkpoints: NAMES, pairs of a pattern for parameters' paths and
     the tensor's name; IGNORED, patterns of tensors that some checkpoints carry and nothing needs; Config, the class
-    of its configuration; EMBEDDING, the beginnings of the paths of what ``embed`` needs.
+    of its configuration; EMBEDDING, the beginnings of the paths of what ``embed`` needs; DIVISIBLE, the sizes in Config
+    that a "model" axis must divide; DIVIDED, "outputs" and "inputs" -> a pattern for the names of what it divides so.
     """
 
     NAMES: tuple[tuple[str, str], ...]
     IGNORED: tuple[str, ...]
     EMBEDDING: tuple[str, ...]
     Config: Any
+    DIVISIBLE: tuple[str, ...]
+    DIVIDED: ClassVar[dict[str, str]]
 
     config: Any
     prepared = False  # whether ``prepare`` made it
+    mesh: Any = None  # what the parameters are divided over, if they are
     decode_rows = 1  # rows of hidden states in a decode step are padded to a multiple of this, once for all Linears
     embed_tokens: Embedding
     layers: nnx.List[Any]

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._linear import linear, linears
+from fpq_jax._mesh import MODEL, over_model
 
 _INIT_STDDEV = 0.02
 
@@ -35,17 +38,24 @@ class Linear(nnx.Module):
 
 
 class MergedLinear(nnx.Module):
-    """Several Linears of one input as one: kernel [in, sum of sizes]; called, it gives each one's output."""
+    """Several Linears of one input as one: kernel [in, sum of sizes]; called, it gives each one's output.
 
-    def __init__(self, kernel: Any, bias: Any, sizes: tuple[int, ...]):
+    Its outputs are in ``shards`` equal parts, each of which has its share of every Linear's.
+    """
+
+    def __init__(self, kernel: Any, bias: Any, sizes: tuple[int, ...], shards: int = 1):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
         self.sizes = sizes
+        self.shards = shards
 
     def __call__(self, x: Float[Array, "*batch in"]) -> list[Float[Array, "*batch out"]]:
         y = linear(x, self.kernel.get_value(), None if self.bias is None else self.bias.get_value())
-        ends = np.cumsum(self.sizes)
-        return [y[..., end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
+        if self.shards == 1:
+            ends = np.cumsum(self.sizes)
+            return [y[..., end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
+        parts = jnp.split(y.reshape(*x.shape[:-1], self.shards, -1), np.cumsum(self.sizes)[:-1] // self.shards, axis=-1)
+        return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
 
 class Block(nnx.Module):
@@ -95,13 +105,28 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of token vectors, and its transpose as an output head."""
+    """A table of token vectors, and its transpose as an output head.
+
+    mesh: of the devices that have a part of the vocabulary each, or None.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
 
     def __init__(self, num_embeddings: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embedding = nnx.Param(nnx.initializers.normal(_INIT_STDDEV)(rngs.params(), (num_embeddings, size), dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0)
+        table = self.embedding.get_value()
+        if self.mesh is None:
+            return jnp.take(table, tokens, axis=0)
+
+        def found(table, tokens):
+            at = tokens - jax.lax.axis_index(MODEL) * len(table)
+            here = (at >= 0) & (at < len(table))
+            return jax.lax.psum(jnp.where(here[..., None], jnp.take(table, at, axis=0, mode="clip"), 0), MODEL)
+
+        # left to XLA, one token's vector costs the whole table, gathered in every step
+        return over_model(found, self.mesh, (P(MODEL), P()), P())(table, tokens)
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         return x @ self.embedding.get_value().T

@@ -193,6 +193,11 @@ class Llama(Decoder):
     # rotary tables of old checkpoints; a head that is tied
     IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
     EMBEDDING = ("embed_tokens.",)
+    DIVISIBLE = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    DIVIDED: ClassVar = {
+        "outputs": r"(q|k|v|qkv|gate|up|gate_up)_proj|lm_head|embed_tokens",
+        "inputs": r"(o|down)_proj",
+    }
     Config = LlamaConfig
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):

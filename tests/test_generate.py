@@ -13,7 +13,7 @@ def command(monkeypatch, *arguments):
 
 
 def test_it_prints_the_text_and_its_speed(monkeypatch, capsys, tiny_llama):
-    for extra in ([], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 3]):
+    for extra in ([], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 3], ["--mesh", "data=1,model=1"]):
         command(monkeypatch, "--model", tiny_llama, "--prompt", "the fox [b]", "--max-new-tokens", 9, *extra)
         printed = capsys.readouterr().out
         assert printed.startswith("the fox [b]")
@@ -28,6 +28,8 @@ def test_it_prints_the_text_and_its_speed(monkeypatch, capsys, tiny_llama):
         (["--top-p", "0"], "top_p is 0"),
         (["--model", "/nowhere"], "There is no model folder"),
         (["--prompt", "x" * 100], "at most 63"),
+        (["--mesh", "model:2"], "write it as data=4,model=2"),
+        (["--mesh", "model=200"], "needs 200 devices"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(monkeypatch, capsys, tiny_llama, arguments, said):

@@ -7,6 +7,7 @@ from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, prepare, quantize_array
 from fpq_jax._generation import sample
+from fpq_jax._rows import row_keys
 
 _quantize = jax.jit(quantize_array, static_argnums=1)
 PROMPT = [256, 5, 9, 77]
@@ -96,6 +97,12 @@ def test_an_fp8_cache_is_half_of_bfloat16s_and_hardly_changes_the_logits(tiny_ll
     assert 1e-4 < error < 0.05
 
 
+def test_several_rows_in_bfloat16(tiny_llama):
+    """Products of which XLA has no batched form on the CPU."""
+    generator = Generator(load(tiny_llama, dtype="bfloat16"))
+    assert [len(row) for row in generator(PROMPTS, max_new_tokens=4).tokens] == [4] * 4
+
+
 def test_sampling_follows_its_seed_and_temperature(tiny_llama):
     model = load(tiny_llama)
     draw = lambda seed, t: generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(temperature=t), seed=seed)
@@ -109,7 +116,7 @@ def test_top_p_keeps_the_likeliest_tokens_of_that_mass():
     probabilities = np.array([0.05, 0.5, 0.15, 0.3])
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (4000, 4))
     draws = lambda p: np.asarray(
-        sample(logits, Sampling(temperature=1.0, top_p=p), jax.random.key(0), jnp.arange(4000))
+        sample(logits, Sampling(temperature=1.0, top_p=p), row_keys(0, 4000), jnp.arange(4000))
     )
     assert set(draws(0.45).tolist()) == {1}
     assert set(draws(0.75).tolist()) == {1, 3}

@@ -2,12 +2,14 @@
 
 import math
 import re
+from collections import Counter
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import abstract_quantized
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fpq_jax import FpqError, QuantSpec, compile_for_hopper, hopper, linear, lorc, quantize_array
 from fpq_jax._residency import resident
@@ -45,9 +47,10 @@ SMALLEST_WEIGHT = 4096 * 4096
 
 
 @cache
-def program(name, what, layers=32, rank=0, expand="load", **options):
+def program(name, what, layers=32, rank=0, expand="load", mesh=None, **options):
     config = MODELS[name] | {"num_hidden_layers": layers}
-    return hopper(abstract_quantized(config, SPECS[what], rank=rank, expand=expand), **options)
+    mesh = mesh and AbstractMesh(mesh, ("data", "model"))
+    return hopper(abstract_quantized(config, SPECS[what], rank=rank, expand=expand, mesh=mesh), **options)
 
 
 def kernels_per_layer(*arguments, **options):
@@ -55,9 +58,9 @@ def kernels_per_layer(*arguments, **options):
     return two - one
 
 
-def weight_shaped(compiled, name):
+def weight_shaped(compiled, name, products=None):
     """Kernels that write something of a weight's shape, either way round."""
-    shapes = {tuple(sorted(shape)) for shape in PRODUCTS[name]}
+    shapes = {tuple(sorted(shape)) for shape in products or PRODUCTS[name]}
     dims = lambda text: [tuple(sorted(map(int, m.split(",")))) for m in re.findall(r"\[([\d,]+)\]", text)]
     return [k for k in compiled.kernels if shapes & set(dims(k.output))]
 
@@ -265,6 +268,78 @@ def test_an_fp8_cache_is_read_as_codes(name):
     assert codes + scales <= compiled.alias_bytes < codes + scales + 1024
     slots = [k for k in compiled.kernels if re.search(r"(bf16|f32)\[16,32,2048,128\]", k.output)]
     assert not slots and len(compiled.matmuls("fp8_matmul")) == 4
+
+
+# Two H100s: of each layer's products two are of outputs, and two of inputs, whose results are added up.
+
+
+def collectives(compiled):
+    return Counter((k.op, k.output) for k in compiled.kernels if k.kind == "collective")
+
+
+def halves(name):
+    qkv, out, up, down = PRODUCTS[name]
+    by_outputs, by_inputs = [(rows // 2, inputs) for rows, inputs in (qkv, up)], [(r, n // 2) for r, n in (out, down)]
+    return by_outputs + by_inputs
+
+
+# rows and tokens of the hidden states that are sent: those of a decode step are padded to 16
+TWO = {"one row": ({"batch": 1}, 16, 1), "sixteen": ({"batch": 16}, 16, 1), "a prefill": ({"tokens": 2048}, 1, 2048)}
+
+
+@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("name", MODELS)
+def test_two_devices_send_what_tensor_parallelism_needs(name, case):
+    options, rows, tokens = TWO[case]
+    two = program(name, "w4a8", layers=2, rank=8, mesh=(1, 2), **options)
+    assert weights_of(two.matmuls("fp8_matmul")) == sorted(halves(name) * 2)
+    others = two.matmuls("matmul", but=("lorc", "head"))
+    # attention's, of half the heads
+    assert len(others) == (4 if tokens > 1 else 0) and all("[2048,16,128]" in k.operands[0] for k in others)
+    if tokens == 1:  # a prefill's hidden states have such a shape
+        assert not weight_shaped(two, name, PRODUCTS[name] + halves(name))
+    batch = options.get("batch", 1)
+    # a layer's two outputs, added up with LoRC's in them, and before them the tokens' absmax; the embedding
+    expected = Counter({f"bf16[{rows},{tokens},4096]": 2 * 2, f"bf16[{rows},{tokens},1]": 2 * 2})
+    expected[f"bf16[{batch},{tokens},4096]"] += 1
+    found = collectives(two)
+    assert {output: n for (op, output), n in found.items() if op == "all-reduce"} == expected
+    # the likeliest token of each half of the vocabulary with its logit
+    ((op, likeliest),) = [at for at in found if at[0] != "all-reduce"]
+    assert op == "all-gather" and found[op, likeliest] == 1
+    assert {int(n) for n in re.findall(r"\d+(?=[,\]])", likeliest)} <= {1, 2, batch}
+    if tokens == 1:
+        assert two.temp_bytes < SMALLEST_WEIGHT
+
+
+def test_two_devices_have_half_of_everything_and_multiply_with_wgmma():
+    compiled = program("llama-7b", "w4a8", layers=4, rank=8, batch=16, mesh=(1, 2), route="triton", ptx=True)
+    assert weights_of(compiled.matmuls("fp8_matmul")) == sorted(halves("llama-7b") * 4)
+    assert re.search(r"wgmma\.mma_async\.[\w.]*\.e4m3\.e4m3", compiled.ptx)
+    assert sum(collectives(compiled).values()) == 4 * 4 + 2
+    cache = 2 * 4 * 16 * 2048 * 4096 * 2
+    assert cache // 2 <= compiled.alias_bytes < cache // 2 + 1024
+    weights = 4 * sum(rows * inputs for rows, inputs in PRODUCTS["llama-7b"]) + 2 * 2 * 32000 * 4096
+    assert compiled.argument_bytes - cache // 2 < 0.52 * weights
+
+
+def test_rows_are_divided_over_data_and_packed_weights_and_an_fp8_cache_as_well():
+    options = dict(layers=1, rank=8, batch=64, expand="step", kv_cache="float8")
+    compiled = program("llama-7b", "w4a8", mesh=(2, 2), **options)
+    assert weights_of(compiled.matmuls("fp8_matmul")) == sorted(halves("llama-7b"))
+    found = collectives(compiled)
+    # 32 rows each; the tokens alone are gathered over "data"
+    assert found[("all-reduce", "bf16[32,1,4096]")] == 3 and found[("all-reduce", "bf16[32,1,1]")] == 2
+    assert sum(found.values()) == 7
+    assert compiled.alias_bytes < 2 * 32 * 16 * 2048 * (128 + 4) + 1024
+
+
+def test_what_is_on_several_meshes_is_said():
+    on = lambda *sizes: jax.ShapeDtypeStruct(
+        (4,), "float32", sharding=NamedSharding(AbstractMesh(sizes, ("data", "model")), PartitionSpec())
+    )
+    with pytest.raises(FpqError, match="on 2 meshes"):
+        compile_for_hopper(lambda x, y: x + y, on(1, 2), on(2, 1))
 
 
 def test_what_cannot_be_compiled_for_is_said():

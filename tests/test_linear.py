@@ -6,9 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fpq_jax import E4M3, E5M2, FpqError, QuantSpec, dequantize, linear, lorc, quantize_array, quantize_tokens
+from fpq_jax import (
+    E4M3,
+    E5M2,
+    FpqError,
+    QuantSpec,
+    dequantize,
+    linear,
+    lorc,
+    make_mesh,
+    quantize_array,
+    quantize_tokens,
+)
 from fpq_jax._activations import fake_quantize_tokens, static_scale
-from fpq_jax._linear import Observed, product_kind
+from fpq_jax._linear import Divided, Observed, product_kind
 from fpq_jax._residency import resident
 from fpq_jax._scales import range_scale
 
@@ -220,3 +231,15 @@ def test_gradients_reach_the_input_of_a_plain_kernel():
     np.testing.assert_allclose(
         jax.grad(lambda x: linear(x, w).sum())(x), np.broadcast_to(w.sum(1), x.shape), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_inputs_divided_over_one_device_give_the_same(dtype, rtol):
+    """Over several: eight_devices.py."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((100, 24)), jnp.float32)
+    q = lorc(w, quantize_array(w, QuantSpec(group_size=32, constraint="m2")), rank=4)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 100)), dtype)
+    bias = jnp.ones(24, dtype)
+    alone, divided = (jax.jit(linear)(x, kernel, bias) for kernel in (q, Divided(q, make_mesh())))
+    assert divided.dtype == dtype
+    np.testing.assert_allclose(divided.astype(jnp.float32), alone.astype(jnp.float32), atol=rtol * jnp.abs(alone).max())

@@ -95,10 +95,10 @@ def test_what_is_replaced_in_place_is_freed_layer_by_layer(tiny_llama):
     held = [weakref.ref(layer.self_attn.q_proj) for layer in model.layers]
     merge = _prepare._merge
 
-    def watched(block, name, parts):
+    def watched(block, *arguments):
         gc.collect()
         seen.append(sum(ref() is not None for ref in held))
-        merge(block, name, parts)
+        merge(block, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_prepare, "_merge", watched)

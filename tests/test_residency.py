@@ -51,6 +51,14 @@ def test_concatenated_kernels_are_the_same_weights_and_products(spec, dtype):
     np.testing.assert_allclose(jax.jit(linear)(x, one), apart, atol=2e-4 * float(jnp.abs(apart).max()))
 
 
+def test_shards_have_their_part_of_every_kernel():
+    kernels = [_quantize(weight(outputs, outputs), SPECS[0]) for outputs in (24, 8, 40)]
+    kernels = [lorc(weight(24, 24), kernels[0], rank=4), *kernels[1:]]
+    halves = lambda w: [jnp.split(w, 2, axis=1)[i] for i in (0, 1)]
+    expected = jnp.hstack([part for i in (0, 1) for part in [halves(dequantize(k))[i] for k in kernels]])
+    np.testing.assert_allclose(dequantize(concatenate(kernels, 2)), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_kernels_that_differ_stay_apart():
     spec = SPECS[0]
     kernels = several(spec)

@@ -25,6 +25,7 @@ from h100.common import (
 
 from fpq_jax import Program, QuantSpec, lorc, prepare, quantize_array
 from fpq_jax._generation import GREEDY, prefill, step
+from fpq_jax._rows import row_keys
 
 W8A8 = QuantSpec(format="e4m3", group_size="channel")
 # name -> (weights, LoRC's rank, residency)
@@ -176,11 +177,11 @@ def random_model(config: LlamaConfig, variant: str, group_size: int) -> Any:
 
 
 def _arguments(model: Any, case: Case) -> tuple[Any, ...]:
-    """Tokens, an empty cache, lengths or positions, and a key."""
+    """Tokens, an empty cache, lengths or positions, and keys."""
     cache = model.init_cache(case.batch, case.slots, jnp.float8_e4m3fn if case.fp8_cache else jnp.bfloat16)
     given = jnp.ones((case.batch, case.tokens) if case.tokens > 1 else (case.batch,), jnp.int32)
     at = jnp.full((case.batch,), case.tokens if case.tokens > 1 else case.slots - 1, jnp.int32)
-    return given, cache, at, jax.random.key(0)
+    return given, cache, at, row_keys(0, case.batch)
 
 
 def _compiled(model: Any, case: Case) -> Any:
@@ -195,7 +196,7 @@ def _compiled(model: Any, case: Case) -> Any:
 def _measure(
     program: Any, model: Any, state: Any, case: Case, sizes: Sizes, ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    given, cache, at, key = _arguments(model, case)
+    given, cache, at, keys = _arguments(model, case)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     count = 2 if case.tokens > 1 else sizes.decode_steps
 
@@ -203,7 +204,7 @@ def _measure(
         nonlocal cache
         token = None
         for _ in range(count):
-            token, cache, _ = program(state, given, cache, at, key)
+            token, cache, _ = program(state, given, cache, at, keys)
         return token
 
     seconds, inside = seconds_of(several, sizes.repeats) / count, Program.of(program)

@@ -1,0 +1,96 @@
+"""What test_sharding runs in a process of its own, which has eight devices: a mesh gives what one device gives.
+
+In float32, where the sums of several devices differ from one's by rounding alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
+from flax import nnx
+from fpq_jax.models import params_of, with_params
+
+from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, make_mesh, prepare, quantize_array, save
+
+# key-value heads: LLaMA's 2, OPT's 4
+CONFIGS = {name: c | {"num_hidden_layers": 1} for name, c in (("llama", TINY_CONFIG), ("opt", OPT_CONFIG))}
+MESHES = {"llama": (4, 2), "opt": (2, 4)}
+PROMPTS = [[256, 5, 9, 77], [256, 8], [256, *range(40)], [256, 1, 2, 3, 4, 5, 6], [1, 2], [3, 4, 5], [7], [9] * 20]
+M2 = QuantSpec(group_size=32, constraint="m2")
+INTEGERS = QuantSpec(format="int8-asym", group_size="channel", activation="int8-asym")
+QUANTIZED = {"llama-m2": M2, "opt-m2": M2, "llama-int": INTEGERS}
+_quantize = jax.jit(quantize_array, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each model, as it is and quantized, written by one device."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        write_checkpoint(root / name, config, random_tensors(config))
+    for name, spec in QUANTIZED.items():
+        params = params_of(model := load(root / name.partition("-")[0]))
+        for path in [p for p in params if p.startswith("layers.") and p.endswith("kernel")]:
+            params[path] = lorc(params[path], _quantize(params[path], spec), rank=2)
+        save(root / name, with_params(model, params))
+    return root
+
+
+def logits(model):
+    graph, state = nnx.split(model)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (3, 20)))
+    return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(tokens))(state))
+
+
+@pytest.mark.parametrize(("name", "expand", "kv_cache"), [("llama", "load", "float8"), ("opt", "step", "model")])
+def test_generation_equals_one_devices(folders, name, expand, kv_cache):
+    folder = folders / f"{name}-m2"
+    one, many = load(folder, expand=expand), load(folder, expand=expand, mesh=make_mesh(*MESHES[name]))
+    expected, got = (Generator(m, kv_cache=kv_cache)(PROMPTS, max_new_tokens=12) for m in (one, many))
+    assert got.tokens == expected.tokens and got.cache_bytes == expected.cache_bytes
+
+
+def test_logits_of_integers_which_xla_divides_alone_equal_one_devices(folders):
+    expected = logits(load(folders / "llama-int"))
+    ready = load(folders / "llama-int", expand="load", mesh=make_mesh(4, 2))
+    np.testing.assert_allclose(logits(ready), expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_sampling_three_rows_that_data_does_not_divide(folders):
+    """A model that was not prepared, from a Hugging Face folder."""
+    options = dict(max_new_tokens=12, sampling=Sampling(temperature=3.0, top_p=0.9), seed=3)
+    one, many = load(folders / "llama"), load(folders / "llama", mesh=make_mesh(4, 2))
+    assert Generator(many)(PROMPTS[:3], **options).tokens == Generator(one)(PROMPTS[:3], **options).tokens
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2), (4, 2)])
+def test_a_checkpoint_is_restored_straight_onto_any_mesh(folders, sizes):
+    folder = folders / "llama-m2"
+    one, many = params_of(load(folder)), params_of(load(folder, mesh=make_mesh(*sizes)))
+    assert jax.tree.structure(one) == jax.tree.structure(many)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        assert len(b.sharding.device_set) == sizes[0] * sizes[1]
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    parts = lambda array: array.addressable_shards[0].data.size * sizes[1]
+    for path in ("layers.0.self_attn.q_proj.kernel", "layers.0.mlp.down_proj.kernel"):
+        assert parts(many[path].codes) == many[path].codes.size
+    assert parts(many["lm_head.kernel"]) == many["lm_head.kernel"].size
+
+
+def test_a_model_on_a_mesh_is_saved_as_any_other(folders, tmp_path):
+    mesh = make_mesh(2, 2)
+    save(tmp_path / "again", load(folders / "opt-m2", mesh=mesh))
+    one, again = params_of(load(folders / "opt-m2")), params_of(load(tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+
+
+def test_what_cannot_be_divided_is_said(folders):
+    for folder in ("llama", "llama-m2"):
+        with pytest.raises(
+            FpqError, match="num_key_value_heads is 2, which the mesh's model axis of 4 does not divide"
+        ):
+            load(folders / folder, mesh=make_mesh(model=4))
+    ready = load(folders / "llama-m2", expand="load")
+    with pytest.raises(FpqError, match="prepared for other devices cannot be divided; load it without expand"):
+        prepare(ready, mesh=make_mesh(model=2))
