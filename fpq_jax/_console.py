@@ -1,11 +1,13 @@
 """What a person sees while a command runs: progress on a terminal, plain lines elsewhere; errors in one sentence."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -65,4 +67,8 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
 
 def _fail(message: str) -> Any:
     print(f"error: {message}", file=sys.stderr)
+    if jax.process_count() > 1:
+        # an ordinary end would wait for the other processes, which wait for this one
+        sys.stderr.flush()
+        os._exit(2)
     raise SystemExit(2) from None

@@ -41,7 +41,7 @@ from fpq_jax._text import (
     tail_name,
     window_length,
 )
-from fpq_jax._unfinished import Unfinished
+from fpq_jax._unfinished import Unfinished, kept_programs
 from fpq_jax.models import HfCheckpoint, open_checkpoint, part_names
 
 
@@ -160,6 +160,7 @@ class Job:
                 store = Unfinished(folder / "model", {})
             else:
                 store = Unfinished(output, self.facts(recipe))
+                stack.enter_context(kept_programs(store.programs))
             stack.callback(store.close)
             yield store
 

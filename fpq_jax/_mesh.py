@@ -86,6 +86,8 @@ def start_processes() -> None:
     JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. FpqError if
     neither does.
     """
+    if jax.distributed.is_initialized():
+        return
     numbers = {}
     for name in ("num_processes", "process_id"):
         text = os.environ.get(f"JAX_{name.upper()}")

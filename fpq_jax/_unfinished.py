@@ -6,6 +6,7 @@ Beside the output to be, OUT.unfinished holds
     progress/       a record for each finished part (what came of it, and a digest of every file of it), and what
                     else was measured
     model/          the result as it grows; it becomes OUT by one rename
+    programs/       what XLA compiled: compiled again, a GPU's programs may round otherwise
 
 A record is written when its part is on the disk. When a run starts again, a part without a record, or whose files or
 record are not as they were written, is made again.
@@ -13,18 +14,25 @@ record are not as they were written, is made again.
 
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fpq_jax._atomic import folder_digests, json_digest, read_sealed, write_sealed
 from fpq_jax._errors import FpqError
+from fpq_jax._machine import free_disk
 from fpq_jax._mesh import barrier, is_first
 from fpq_jax._parts import PARAMS, Entry, PartsWriter, Sharding, abstract_part, read_part
+from fpq_jax._report import size_text
 from fpq_jax._tree import Flat
 
-_JOB, _PROGRESS, _MODEL = "job.json", "progress", "model"
+_JOB, _PROGRESS, _MODEL, _PROGRAMS = "job.json", "progress", "model", "programs"
 SUFFIX = ".unfinished"
+_METADATA = 64 * 2**10  # bytes that a part takes beside its arrays
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -39,6 +47,33 @@ def remove_leftover(output: Path) -> None:
     folder = output.absolute().with_name(output.name + SUFFIX)
     if is_unfinished(folder) and not (folder / _MODEL).exists() and output.is_dir():
         shutil.rmtree(folder)
+
+
+@contextmanager
+def kept_programs(folder: Path) -> Iterator[None]:
+    """Programs compiled inside are kept in ``folder``, or where JAX has been told already, and loaded from there."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(options)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 class Unfinished:
@@ -64,6 +99,11 @@ class Unfinished:
         self._writer = PartsWriter(self.model)
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
+
+    @property
+    def programs(self) -> Path:
+        """For ``kept_programs``."""
+        return self.folder / _PROGRAMS
 
     @property
     def _progress(self) -> Path:
@@ -117,6 +157,12 @@ class Unfinished:
         """Write a part in the background; results and seconds by stage are plain data that goes into its record."""
         self.wait()
         began = time.perf_counter()
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) + _METADATA
+        if (free := free_disk(self.model)) < size:
+            raise FpqError(
+                f"{self.folder} has {size_text(free)} left and {name} takes {size_text(size)}; "
+                "make room there and start the same command again to go on."
+            )
         entry = self._writer.write(name, params)
         record = {"entry": entry, "results": results, "seconds": seconds}
         self._writing = self._thread.submit(self._finish_part, name, record, began)

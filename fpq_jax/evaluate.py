@@ -16,7 +16,7 @@ from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import KvCache
 from fpq_jax._layerwise import CacheShape, Skeleton, everywhere, windows_at_once
-from fpq_jax._mesh import parse_mesh
+from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._perplexity import steps, streamed_perplexities
 from fpq_jax._report import VERSION, environment, shortened, size_text
 from fpq_jax._residency import Residency
@@ -102,7 +102,7 @@ def main(options: Options) -> None:
     for spec, (value, tokens) in measured.items():
         rows[spec] = {which: value, "tokens": tokens}
         console.print(f"{shortened(spec)} {value:>10.4f} {tokens:>10,}", markup=False)
-    if options.report is not None:
+    if options.report is not None and is_first():
         report = {
             "version": VERSION,
             "model": "demo" if options.model is None else options.model,

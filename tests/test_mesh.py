@@ -4,14 +4,14 @@ import jax
 import pytest
 
 from fpq_jax import FpqError
-from fpq_jax._mesh import check_mesh, make_mesh, mesh_text, parse_mesh, rounded_up
+from fpq_jax._mesh import check_mesh, make_mesh, mesh_text, parse_mesh
 
 
 def test_a_mesh_by_its_text():
     for text in (None, "data=1", "model=1", "data=1,model=1"):
         mesh = parse_mesh(text)
         check_mesh(mesh)
-        assert mesh_text(mesh) == "data=1,model=1" and rounded_up(3, mesh) == 3
+        assert mesh_text(mesh) == "data=1,model=1"
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=x", "data=1,data=1", "rows=2", "data=-1"])
