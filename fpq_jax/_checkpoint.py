@@ -167,15 +167,13 @@ def _distributed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def _read_onto(checkpoint: QuantizedCheckpoint | HfCheckpoint, name: str, dtype: Any, mesh: Mesh | None) -> Flat:
     """A part's parameters on the default device, or divided over the mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, checkpoint.read_part(name, dtype))
     place = partial(shardings, checkpoint.model_class, checkpoint.model_config, mesh=mesh)
     if isinstance(checkpoint, QuantizedCheckpoint):
-        if mesh is None:
-            return checkpoint.read_part(name, dtype)
         where = {path: arrays_of(leaf) for path, leaf in place(abstract_part(checkpoint.entries[name])).items()}
         return checkpoint.read_part(name, dtype, lambda path, part, shape: where[path][part])
     params = checkpoint.read_part(name, dtype)
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, params)
     return jax.tree.map(_distributed, params, place(params))
 
 

@@ -28,7 +28,8 @@ _TOKENS_PER_BATCH = 8192  # on each device
 _SHARES = 8  # so many devices have work even where windows are few
 _HIDDEN_SHARE = 0.25  # of the free host memory, for the hidden states of what is evaluated
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Batches:
     @classmethod
     def of(cls, windows: Int[np.ndarray, "N L"], mesh: Mesh, size: int | None = None) -> "Batches":
         """``size`` windows per batch; by default what ``batch_size`` says."""
-        size = size or batch_size(*windows.shape, mesh)
+        size = size or batch_size(len(windows), windows.shape[1], mesh)
         index = np.arange(-(-len(windows) // size) * size)
         real = index < len(windows)
         index = np.where(real, index, 0)
@@ -69,7 +70,7 @@ def batch_size(num_windows: int, length: int, mesh: Mesh) -> int:
 
 def _local_rows(mesh: Mesh, size: int) -> np.ndarray:
     """Which rows of a batch this process's devices have."""
-    slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
+    slices: Any = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
     return np.concatenate([np.arange(size)[index] for index in sorted(slices, key=lambda i: i[0].start or 0)])
 
 
@@ -106,7 +107,7 @@ def from_one(tree: Any | None, shapes: Any, mesh: Mesh) -> Any:
     """On every device what one device has; ``tree`` is None in processes without it, ``shapes`` are its arrays'."""
     parts = NamedSharding(mesh, P(AXES))
 
-    def one(shape: jax.ShapeDtypeStruct, leaf: Array | None = None) -> Array:
+    def one(shape: jax.ShapeDtypeStruct, leaf: Any = None) -> Array:
         there = None if leaf is None else next(iter(leaf.devices()))
         mine = [
             leaf[None] if device == there else jax.device_put(np.zeros((1, *shape.shape), shape.dtype), device)
@@ -227,7 +228,7 @@ def _forward(
     graph: Any, mesh: Mesh, cache: CacheShape | None, state: Any, hidden: Float[Array, "B L D"]
 ) -> Float[Array, "B L D"]:
     def local(state: Any, hidden: Array) -> Array:
-        empty = None if cache is None else LayerCache.zeros(*hidden.shape[:2], *cache)
+        empty = None if cache is None else LayerCache.zeros(hidden.shape[0], hidden.shape[1], *cache)
         return nnx.merge(graph, state)(hidden, _positions(hidden), empty, True)[0]
 
     return divided(local, mesh, (P(), BATCH), BATCH)(state, hidden)

@@ -17,8 +17,8 @@ from fpq_jax._qtensor import LowRank, QTensor, dequantize
 
 FactorDtype = Literal["bfloat16", "int8"]
 
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 4
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
 _dot = partial(jnp.matmul, precision="highest")
 
 
@@ -38,13 +38,13 @@ def lorc(
 
 def truncated_svd(m: Float[Array, "n k"], rank: int, seed: int | Array) -> tuple[Array, Array, Array]:
     """(U [n, rank], S [rank], V [rank, k]) of the largest singular values; exact for small matrices."""
-    width = rank + _OVERSAMPLING
+    width = rank + OVERSAMPLING
     if width >= min(m.shape):
         u, s, vt = jnp.linalg.svd(m, full_matrices=False)
     else:
         sample = jax.random.normal(jax.random.key(seed), (m.shape[1], width), jnp.float32)
         basis = jnp.linalg.qr(_dot(m, sample))[0]
-        for _ in range(_POWER_ITERATIONS):
+        for _ in range(POWER_ITERATIONS):
             basis = jnp.linalg.qr(_dot(m.T, basis))[0]
             basis = jnp.linalg.qr(_dot(m, basis))[0]
         u, s, vt = jnp.linalg.svd(_dot(basis.T, m), full_matrices=False)

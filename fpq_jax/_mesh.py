@@ -88,7 +88,7 @@ def start_processes() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name in ("num_processes", "process_id"):
         text = os.environ.get(f"JAX_{name.upper()}")
         if text is not None and not text.isdigit():

@@ -157,8 +157,8 @@ def _solve_unit(
 def _result(
     name: str, weight: np.ndarray, recipe: LinearRecipe, solved: _Solved, lost: np.ndarray, seconds: float
 ) -> LinearResult:
-    share = lambda part: float(part.sum(dtype=np.float64) / total) if total > 0 else 0.0
-    total = solved.total.sum(dtype=np.float64)
+    total = float(solved.total.sum(dtype=np.float64))
+    share = lambda part: float(part.sum(dtype=np.float64)) / total if total > 0 else 0.0
     unseen = recipe.method == "gptq" and not total > 0 and float(solved.stats.damping) == 0
     rounding_error = share(solved.rounding)
     damping, notes = None, []
@@ -217,7 +217,8 @@ def solve(
     if not _divides(w.shape[1], mesh, spec):
         return local(w, hessian)
     local = partial(local, everywhere=lambda values: jax.lax.all_gather(values, AXES, tiled=True))
-    solved = divided(local, mesh, (P(None, AXES), P()), _Solved(P(AXES), P(), P(), P(), P()))(w, hessian)
+    out: Any = (P(AXES), P(), P(), P(), P())
+    solved = divided(local, mesh, (P(None, AXES), P()), _Solved(*out))(w, hessian)
     return solved._replace(q=replace(solved.q, shape=w.shape))
 
 

@@ -52,7 +52,7 @@ def remove_leftover(output: Path) -> None:
 @contextmanager
 def kept_programs(folder: Path) -> Iterator[None]:
     """Programs compiled inside are kept in ``folder``, or where JAX has been told already, and loaded from there."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         yield
         return
     from jax.experimental.compilation_cache import compilation_cache

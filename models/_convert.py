@@ -100,7 +100,7 @@ class HfCheckpoint:
         def one(name: str) -> bytes:
             value = self._checked(name)
             facts = f"{name} {value.dtype} {value.shape}".encode()
-            found = hashlib.sha256(facts + hashlib.sha256(np.ascontiguousarray(value).view(np.uint8)).digest())
+            found = hashlib.sha256(facts + hashlib.sha256(np.ascontiguousarray(value).view(np.uint8).data).digest())
             advance()
             return found.digest()
 

@@ -22,8 +22,8 @@ from h100 import correctness, generation, gptq, linears
 from h100.common import DATASHEET, FULL, TINY, Clock, Sizes, measured_ceilings
 from rich.console import Console
 
-from fpq_jax._errors import FpqError
 from fpq_jax._atomic import write_json
+from fpq_jax._errors import FpqError
 from fpq_jax._report import environment
 
 SECONDS = 460
