@@ -3,6 +3,7 @@
 A program's memory is XLA's own analysis of it: the largest ones are compiled here, and run later.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from fpq_jax._calibration import abstract_accumulate
 from fpq_jax._errors import FpqError
-from fpq_jax._layerwise import Skeleton, abstract_losses, batch_size
+from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, abstract_losses, batch_size
 from fpq_jax._lorc import lorc
 from fpq_jax._machine import free_device_memory, free_disk, free_host_memory, resident_memory
 from fpq_jax._qtensor import quantize_array
@@ -49,25 +50,40 @@ class Estimate:
     def __str__(self) -> str:
         of = lambda size, free: f"{size_text(size)}{f' of {size_text(free)}' if free is not None else ''}"
         device = "" if self.free_device is None else f", {of(self.device, self.free_device)} on each device"
-        return (
-            f"Needs about {of(self.host, self.free_host)} of memory{device}, {of(self.disk, self.free_disk)} of disk."
-        )
+        host = of(self.host, None if self.free_host is None else self.free_host + self.resident)
+        return f"Needs about {host} of memory{device}, {of(self.disk, self.free_disk)} of disk."
 
-    def check(self, place: Path) -> None:
-        """FpqError for what cannot fit, with what would. ``place``: where the result will be."""
-        if self.free_device is not None and self.device * _MARGIN > self.free_device:
-            raise FpqError(
-                f"A layer takes about {size_text(self.device)} of a device's memory and {size_text(self.free_device)} "
-                "are free; a shorter --seq-len takes less."
+    @property
+    def _fits_device(self) -> bool:
+        return self.free_device is None or self.device * _MARGIN <= self.free_device
+
+    @property
+    def _fits_host(self) -> bool:
+        return self.free_host is None or (self.host - self.resident) * _MARGIN <= self.free_host
+
+    def check(self, place: Path, smallest: Callable[[], "Estimate"], smallest_batch: int) -> None:
+        """FpqError for what cannot fit, with what would.
+
+        ``place``: where the result will be; ``smallest``: the estimate with batches of ``smallest_batch`` tokens.
+        """
+        if not self._fits_device:
+            remedy = (
+                f"--batch-tokens {smallest_batch} would fit" if smallest()._fits_device else "use a shorter --seq-len"
             )
-        if self.free_host is not None and (self.host - self.resident) * _MARGIN > self.free_host:
+            raise FpqError(
+                f"A layer takes about {size_text(self.device)} of a device's memory and "
+                f"{size_text(self.free_device or 0)} are free; {remedy}."
+            )
+        if not self._fits_host:
+            assert self.free_host is not None
             alone = self.host - self.per_window * self.windows
             fit = int((self.free_host / _MARGIN + self.resident - alone) // self.per_window)
-            remedy = (
-                f"--num-samples {fit} would fit"
-                if fit > 0
-                else f"all but the windows takes {size_text(alone)}: a shorter --seq-len or more memory is needed"
-            )
+            if fit > 0:
+                remedy = f"--num-samples {fit} would fit"
+            elif smallest()._fits_host:
+                remedy = f"--batch-tokens {smallest_batch} would fit"
+            else:
+                remedy = "use a shorter --seq-len, or more memory"
             raise FpqError(
                 f"Quantizing takes about {size_text(self.host)} of memory, of which {size_text(self.resident)} are "
                 f"taken and {size_text(self.free_host)} free; {remedy}."
@@ -87,6 +103,7 @@ def estimate(
     mesh: Mesh,
     place: Path,
     written: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Estimate:
     """Of quantizing with ``windows`` (count, tokens) and evaluating so many windows at once.
 
@@ -100,7 +117,7 @@ def estimate(
         {path: r for path in layer if (r := recipes.get(f"layers.{i}.{path}")) is not None}
         for i in range(config.num_hidden_layers)
     ]
-    size = batch_size(count, length, mesh)
+    size = batch_size(count, length, mesh, batch_tokens)
     hardest = max(by_layer, key=len)
     device, hessians = 0, 0
     if hardest:
@@ -111,7 +128,7 @@ def estimate(
             program = abstract_solve(shape, skeleton.dtype, hardest[unit[0]], mesh)
             device = max(device, hessians - shape[0] ** 2 * 4 + _program_bytes(program))
     outer = params_of(skeleton.without_layers())
-    eval_size = batch_size(evaluated, length, mesh)
+    eval_size = batch_size(evaluated, length, mesh, batch_tokens)
     device = max(device, _program_bytes(abstract_losses(skeleton, outer, (eval_size, length), mesh)))
 
     per_window = length * config.hidden_size * skeleton.dtype.itemsize

@@ -24,7 +24,7 @@ from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._estimate import Estimate, estimate
-from fpq_jax._layerwise import Skeleton, everywhere, windows_at_once
+from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, everywhere, windows_at_once
 from fpq_jax._mesh import make_mesh, mesh_text
 from fpq_jax._perplexity import Perplexity, Reader, steps, streamed_perplexities
 from fpq_jax._pipeline import linears, quantize_checkpoint
@@ -65,6 +65,7 @@ class Job:
     evaluation: dict[str, Windows]
     max_windows: int | None
     seed: int
+    batch_tokens: int  # on each device
     first_layer: dict[Any, Any] | None = None  # what recipes share, see quantize_checkpoint
 
     @classmethod
@@ -81,6 +82,7 @@ class Job:
         dtype: DTypeLike | None,
         seed: int,
         mesh: Mesh | None = None,
+        batch_tokens: int = BATCH_TOKENS,
         name: str | None = None,
     ) -> "Job":
         """Read everything a run of ``recipes`` needs but the weights; the arguments are the command's options.
@@ -89,7 +91,7 @@ class Job:
         what calibration sees in the first layer. Raises FpqError for whatever is wrong with the arguments, a rule that
         fits no Linear of the model included.
         """
-        check_at_least(1, num_samples=num_samples, max_windows=max_windows)
+        check_at_least(1, num_samples=num_samples, max_windows=max_windows, batch_tokens=batch_tokens)
         check_at_least(2, seq_len=seq_len)
         calibration_spec = calibration or default_calibration(model)
         for spec in (calibration_spec, *eval):
@@ -131,6 +133,7 @@ class Job:
             evaluation={spec: windows[:max_windows] for spec, windows in evaluation.items()},
             max_windows=max_windows,
             seed=seed,
+            batch_tokens=batch_tokens,
             first_layer={} if len(recipes) > 1 else None,
         )
 
@@ -145,6 +148,7 @@ class Job:
             "dtype": str(self.dtype),
             "seed": self.seed,
             "mesh": mesh_text(self.mesh),
+            "batch_tokens": self.batch_tokens,
             "processes": jax.process_count(),
             "version": code_digest(),
             "jax": jax.__version__,
@@ -183,7 +187,9 @@ class Job:
 
     def _perplexities(self, read: Reader, which: str, read_ahead: bool) -> dict[str, Perplexity]:
         windows = sum(len(w) for w in self.evaluation.values())
-        at_once = windows_at_once(windows, next(iter(self.evaluation.values())).shape[1], self._skeleton, self.mesh)
+        at_once = windows_at_once(
+            windows, next(iter(self.evaluation.values())).shape[1], self._skeleton, self.mesh, self.batch_tokens
+        )
         total = steps(self.checkpoint.model_config, windows, at_once)
         with progress(f"{which}: perplexity on {', '.join(self.evaluation)}", total) as advance:
             return streamed_perplexities(
@@ -192,6 +198,7 @@ class Job:
                 self.evaluation,
                 self.mesh,
                 at_once=at_once,
+                batch_tokens=self.batch_tokens,
                 read_ahead=read_ahead,
                 advance=advance,
             ).perplexities
@@ -200,15 +207,23 @@ class Job:
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.checkpoint.model_class, self.checkpoint.model_config, self.dtype)
 
-    def estimate(self, recipe: Recipe, place: Path, written: int = 0) -> Estimate:
+    def estimate(self, recipe: Recipe, place: Path, written: int = 0, batch_tokens: int | None = None) -> Estimate:
         """What a recipe's run takes and what there is; ``written`` bytes of its result are in ``place`` already."""
+        batch_tokens = batch_tokens or self.batch_tokens
         chosen = self.recipe_for_model(recipe).for_linears(linears(self.checkpoint).values())
         kernels = {path: chosen[name] for path, name in linears(self.checkpoint).items()}
         evaluated = sum(len(windows) for windows in self.evaluation.values())
         length = self.calibration.windows.shape[1]
-        at_once = windows_at_once(evaluated, length, self._skeleton, self.mesh)
+        at_once = windows_at_once(evaluated, length, self._skeleton, self.mesh, batch_tokens)
         windows = (len(self.calibration.windows), length)
-        return estimate(self._skeleton, kernels, windows, at_once, self.mesh, place, written)
+        return estimate(self._skeleton, kernels, windows, at_once, self.mesh, place, written, batch_tokens)
+
+    def check_estimate(self, recipe: Recipe, store: Unfinished) -> Estimate:
+        """``estimate`` of a run that is kept in ``store``; FpqError, with what would fit, if it does not."""
+        least = self.calibration.windows.shape[1]
+        found = self.estimate(recipe, store.model, store.written())
+        found.check(store.model, lambda: self.estimate(recipe, store.model, store.written(), least), least)
+        return found
 
     def recipe_for_model(self, recipe: Recipe) -> Recipe:
         """The recipe with what depends on the model's size filled in."""
@@ -240,6 +255,7 @@ class Job:
                 self.dtype,
                 self.mesh,
                 seed=self.seed,
+                batch_tokens=self.batch_tokens,
                 finished={name: partial(store.read, name, everywhere(self.mesh)) for name in finished},
                 first_layer=self.first_layer,
             ):

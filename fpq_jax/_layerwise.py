@@ -24,7 +24,7 @@ from fpq_jax._tree import Flat
 from fpq_jax.models import LayerCache, abstract_model, with_params
 
 BATCH = P(AXES)  # the first dimension, windows, over all devices
-_TOKENS_PER_BATCH = 8192  # on each device
+BATCH_TOKENS = 8192  # of a batch, on each device
 _SHARES = 8  # so many devices have work even where windows are few
 _HIDDEN_SHARE = 0.25  # of the free host memory, for the hidden states of what is evaluated
 
@@ -47,9 +47,9 @@ class Batches:
     mesh: Mesh
 
     @classmethod
-    def of(cls, windows: Int[np.ndarray, "N L"], mesh: Mesh, size: int | None = None) -> "Batches":
-        """``size`` windows per batch; by default what ``batch_size`` says."""
-        size = size or batch_size(len(windows), windows.shape[1], mesh)
+    def of(cls, windows: Int[np.ndarray, "N L"], mesh: Mesh, tokens: int = BATCH_TOKENS) -> "Batches":
+        """Batches of about ``tokens`` tokens on each device, see ``batch_size``."""
+        size = batch_size(len(windows), windows.shape[1], mesh, tokens)
         index = np.arange(-(-len(windows) // size) * size)
         real = index < len(windows)
         index = np.where(real, index, 0)
@@ -59,13 +59,13 @@ class Batches:
         return cls(cut(windows[index]), cut(real), cut(index), len(windows), mesh)
 
 
-def batch_size(num_windows: int, length: int, mesh: Mesh) -> int:
-    """Windows per batch: each device's share is about ``_TOKENS_PER_BATCH`` tokens, at most an eighth of the windows.
+def batch_size(num_windows: int, length: int, mesh: Mesh, tokens: int = BATCH_TOKENS) -> int:
+    """Windows per batch: each device's share is about ``tokens`` tokens, at most an eighth of the windows.
 
     The share does not depend on the number of devices, so a device's programs are the same for any number, and hidden
     states the same bits.
     """
-    return max(1, min(_TOKENS_PER_BATCH // length, -(-num_windows // _SHARES))) * mesh.size
+    return max(1, min(tokens // length, -(-num_windows // _SHARES))) * mesh.size
 
 
 def _local_rows(mesh: Mesh, size: int) -> np.ndarray:
@@ -154,14 +154,14 @@ class Skeleton(NamedTuple):
         return jax.ShapeDtypeStruct((*tokens, self.config.hidden_size), self.dtype)
 
 
-def windows_at_once(count: int, length: int, skeleton: Skeleton, mesh: Mesh) -> int:
+def windows_at_once(count: int, length: int, skeleton: Skeleton, mesh: Mesh, tokens: int = BATCH_TOKENS) -> int:
     """Of how many windows the hidden states are kept on the host together: a part of what is free there."""
     free = free_host_memory()
     if free is None:
         return count
     row = length * skeleton.config.hidden_size * jnp.dtype(skeleton.dtype).itemsize
     fit = int(free * _HIDDEN_SHARE) * jax.process_count() // row
-    size = batch_size(count, length, mesh)
+    size = batch_size(count, length, mesh, tokens)
     return min(count, max(1, fit // size) * size)
 
 

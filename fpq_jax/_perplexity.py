@@ -13,7 +13,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
-from fpq_jax._layerwise import Batches, CacheShape, Skeleton, ahead, embed, forward, losses, replicate, token_losses
+from fpq_jax._layerwise import (
+    BATCH_TOKENS,
+    Batches,
+    CacheShape,
+    Skeleton,
+    ahead,
+    embed,
+    forward,
+    losses,
+    replicate,
+    token_losses,
+)
 from fpq_jax._mesh import make_mesh, sum_over_processes
 from fpq_jax._tree import Flat, below
 from fpq_jax.models import EMBEDDING, HEAD, params_of, part_names, prepare_in_place, with_params
@@ -71,21 +82,23 @@ def streamed_perplexities(
     expand: str = "load",
     cache: CacheShape | None = None,
     at_once: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     read_ahead: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> Streamed:
     """Perplexity of a model whose parts are read one after the other, on texts of windows of one length.
 
-    Windows are divided over the mesh. ``expand`` is the weights' form, see ``prepare``; with ``cache`` keys and values
-    are what such a cache gives back, as in generation. ``at_once`` windows' hidden states are kept on the host; for
-    more than that, the model is read again. ``advance`` is called behind each of ``steps`` layers.
+    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``expand`` is the weights' form,
+    see ``prepare``; with ``cache`` keys and values are what such a cache gives back, as in generation. ``at_once``
+    windows' hidden states are kept on the host; for more than that, the model is read again. ``advance`` is called
+    behind each of ``steps`` layers.
     """
     windows = np.concatenate(list(texts.values()))
     sums, weight_bytes = np.zeros(len(windows)), 0
     at_once = at_once or len(windows)
     for start in range(0, len(windows), at_once):
         found, weight_bytes = _losses_of(
-            skeleton, read, windows[start : start + at_once], mesh, expand, cache, read_ahead, advance
+            skeleton, read, windows[start : start + at_once], mesh, expand, cache, batch_tokens, read_ahead, advance
         )
         sums[start : start + at_once] = found
     ends = np.cumsum([len(w) for w in texts.values()])
@@ -105,11 +118,12 @@ def _losses_of(
     mesh: Mesh,
     expand: str,
     cache: CacheShape | None,
+    batch_tokens: int,
     read_ahead: bool,
     advance: Callable[[], None],
 ) -> tuple[np.ndarray, int]:
     """Each window's sum of losses, and the bytes of weights."""
-    batches = Batches.of(windows, mesh)
+    batches = Batches.of(windows, mesh, batch_tokens)
     _, *layers, _ = part_names(skeleton.config)
     outer = replicate(read(EMBEDDING), mesh)
     hidden = embed(skeleton, outer, batches)

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from fpq_jax._calibration import Activations, Seen, activations_of, calibrate
-from fpq_jax._layerwise import Batches, Skeleton, ahead, embed, forward, replicate
+from fpq_jax._layerwise import BATCH_TOKENS, Batches, Skeleton, ahead, embed, forward, replicate
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import LinearRecipe, Recipe
 from fpq_jax._solve import LinearResult, quantize_linears
@@ -65,16 +65,16 @@ def quantize_checkpoint(
     mesh: Mesh,
     *,
     seed: int = 0,
-    batch: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     finished: Mapping[str, Callable[[], Flat]] | None = None,
     first_layer: dict[Activations, Seen] | None = None,
 ) -> Iterator[Part]:
     """Quantize part after part; each is yielded as soon as it is there.
 
-    batch: windows of a calibration batch. finished: parts that are there already, and how each is read, onto the whole
-    mesh; they are not yielded, and those behind them become what they would have. ``first_layer`` keeps what
-    calibration saw in the first layer, for further recipes on the same windows: it depends on nothing quantized, only
-    on the activations' formats. Deeper layers' Hessians are each recipe's own.
+    batch_tokens: of a calibration batch, on each device. finished: parts that are there already, and how each is read,
+    onto the whole mesh; they are not yielded, and those behind them become what they would have. ``first_layer`` keeps
+    what calibration saw in the first layer, for further recipes on the same windows: it depends on nothing quantized,
+    only on the activations' formats. Deeper layers' Hessians are each recipe's own.
     """
     finished = finished or {}
     config, model_class = checkpoint.model_config, checkpoint.model_class
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     what = recipe.for_linears(names.values())
     skeleton = Skeleton(model_class, config, np.dtype(dtype))
     layer = skeleton.layer()
-    batches = Batches.of(windows, mesh, batch)
+    batches = Batches.of(windows, mesh, batch_tokens)
 
     def read(name: str) -> tuple[Flat, float]:
         began = time.perf_counter()

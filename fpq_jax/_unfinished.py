@@ -12,13 +12,14 @@ A record is written when its part is on the disk. When a run starts again, a par
 record are not as they were written, is made again.
 """
 
+import fcntl
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -92,6 +93,7 @@ class Unfinished:
         if is_first():
             for folder in (self._progress, self.model / PARAMS):
                 folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
             write_sealed(self.folder / _JOB, facts)
             self._drop_what_is_not_whole()
         barrier("the progress is read")
@@ -119,6 +121,15 @@ class Unfinished:
                 f"{self.folder} holds the progress of another job ({', '.join(sorted(differing))} differ); "
                 "start that one again, remove the folder, or choose another --output."
             )
+
+    def _locked(self) -> IO[str]:
+        """A file that this process has locked for as long as it lives; FpqError if another one has."""
+        file = (self.folder / "lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FpqError(f"Another process is working on {self.folder}; wait for it, or end it.") from error
+        return file
 
     def _drop_what_is_not_whole(self) -> None:
         records = {path.stem: self._record(path) for path in self._progress.glob("*.json")}
@@ -227,3 +238,5 @@ class Unfinished:
         finally:
             self._thread.shutdown()
             self._writer.close()
+            if is_first():
+                self._lock.close()

@@ -15,7 +15,7 @@ from fpq_jax._console import console, join_processes, progress, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import KvCache
-from fpq_jax._layerwise import CacheShape, Skeleton, everywhere, windows_at_once
+from fpq_jax._layerwise import BATCH_TOKENS, CacheShape, Skeleton, everywhere, windows_at_once
 from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._perplexity import steps, streamed_perplexities
 from fpq_jax._report import VERSION, environment, shortened, size_text
@@ -50,6 +50,8 @@ class Options:
     """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or rounded as an FP8 cache would (float8)."""
+    batch_tokens: int = BATCH_TOKENS
+    """Tokens of a batch on each device; fewer take less memory."""
     mesh: str | None = None
     """Devices to divide the windows over, as data=4; by default one."""
     distributed: bool = False
@@ -65,7 +67,7 @@ def main(options: Options) -> None:
         join_processes()
     for spec in options.eval:
         check_spec(spec)
-    check_at_least(1, max_windows=options.max_windows)
+    check_at_least(1, max_windows=options.max_windows, batch_tokens=options.batch_tokens)
     check_at_least(2, seq_len=options.seq_len)
     mesh = parse_mesh(options.mesh)
     folder = resolve_model(options.model)
@@ -82,7 +84,7 @@ def main(options: Options) -> None:
         read = lambda name: checkpoint.read_part(name, dtype)
     skeleton = Skeleton(checkpoint.model_class, config, dtype)
     windows = sum(map(len, texts.values()))
-    at_once = windows_at_once(windows, next(iter(texts.values())).shape[1], skeleton, mesh)
+    at_once = windows_at_once(windows, next(iter(texts.values())).shape[1], skeleton, mesh, options.batch_tokens)
     with progress(f"perplexity on {', '.join(texts)}", steps(config, windows, at_once)) as advance:
         measured, weight_bytes = streamed_perplexities(
             skeleton,
@@ -92,6 +94,7 @@ def main(options: Options) -> None:
             expand=options.expand,
             cache=cache,
             at_once=at_once,
+            batch_tokens=options.batch_tokens,
             read_ahead=not quantized or jax.process_count() == 1,
             advance=advance,
         )

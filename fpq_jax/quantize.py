@@ -13,6 +13,7 @@ from fpq_jax._checkpoint import check_output, copy_sidecars, write_manifest
 from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
+from fpq_jax._layerwise import BATCH_TOKENS
 from fpq_jax._linear import product_kind
 from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._qtensor import QTensor
@@ -47,6 +48,8 @@ class Options:
     """Evaluate on the first so many windows only."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default the checkpoint's own."""
+    batch_tokens: int = BATCH_TOKENS
+    """Tokens of a batch on each device; fewer take less memory."""
     mesh: str | None = None
     """Devices to divide windows and outputs over, as data=4,model=2 (here their product counts); by default one."""
     distributed: bool = False
@@ -87,11 +90,10 @@ def main(options: Options) -> None:
         dtype=options.dtype,
         seed=options.seed,
         mesh=mesh,
+        batch_tokens=options.batch_tokens,
     )
     with job.store(recipe, output) as store:
-        needed = job.estimate(recipe, store.model, store.written())
-        console.print(str(needed), markup=False)
-        needed.check(store.model)
+        console.print(str(job.check_estimate(recipe, store)), markup=False)
         try:
             original = job.original(store)
             results = job.quantize(recipe, store)

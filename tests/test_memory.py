@@ -89,3 +89,4 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path, text_file):
     line = [sys.executable, "-m", "fpq_jax.quantize", "--model", tmp_path / "large", "--calibration", text_file]
     done = run(line, 1200 * MB)
     assert done.returncode == 2 and "Quantizing takes about" in done.stderr and done.stderr.count("\n") == 1
+    assert "use a shorter --seq-len, or more memory." in done.stderr

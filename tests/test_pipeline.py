@@ -110,8 +110,8 @@ def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama,
 def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows):
     """One window a batch, and batches that do not divide the windows, give the same result."""
     checkpoint = open_checkpoint(tiny_llama)
-    single, _ = quantized(checkpoint, recipe(), windows, batch=1)
-    filled, _ = quantized(checkpoint, recipe(), windows, batch=16)
+    single, _ = quantized(checkpoint, recipe(), windows, batch_tokens=1)
+    filled, _ = quantized(checkpoint, recipe(), windows, batch_tokens=2 * 48)
     for path, leaf in single.items():
         if isinstance(leaf, QTensor):
             assert (leaf.codes == filled[path].codes).mean() > 0.98

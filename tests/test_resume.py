@@ -255,6 +255,7 @@ def test_programs_are_kept_with_the_progress(tmp_path):
         ({"num_samples": 8}, "calibration"),
         ({"max_windows": 3}, "evaluation"),
         ({"dtype": "bfloat16"}, "dtype"),
+        ({"batch_tokens": 64}, "batch_tokens"),
     ],
 )
 def test_another_job_is_refused_and_told_what_differs(work, half_done, changes, differs):
@@ -275,6 +276,15 @@ def test_another_model_version_or_tokenizer_is_refused(work, half_done, tmp_path
     monkeypatch.setattr("fpq_jax._job.code_digest", lambda: "another")
     with pytest.raises(FpqError, match=r"another job \(model, tokenizer, version differ\)"):
         quantize.main(options(work, "half", model=str(tmp_path / "model")))
+
+
+def test_two_runs_of_one_job_at_once_are_refused(work, half_done):
+    facts = json.loads((half_done / "job.json").read_text())["value"]
+    first = Unfinished(work / "half", facts)
+    with pytest.raises(FpqError, match="Another process is working on"):
+        quantize.main(options(work, "half"))
+    first.close()
+    Unfinished(work / "half", facts).close()
 
 
 def test_an_unfinished_run_is_no_model(work, half_done):

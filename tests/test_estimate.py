@@ -1,0 +1,66 @@
+"""What is refused before it starts, and what would fit; that the numbers are right is measured in test_memory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from fpq_jax.models import open_checkpoint
+
+from fpq_jax import FpqError, Recipe, make_mesh
+from fpq_jax._estimate import Estimate, estimate
+from fpq_jax._layerwise import Skeleton
+from fpq_jax._pipeline import linears
+
+GIB = 2**30
+FITS = Estimate(host=3 * GIB, resident=GIB, per_window=GIB // 64, device=GIB, disk=GIB, windows=64, free_host=8 * GIB,
+                free_device=8 * GIB, free_disk=8 * GIB)  # fmt: skip
+
+
+def check(found: Estimate, smallest: Estimate = FITS) -> None:
+    found.check(Path("out"), lambda: smallest, 64)
+
+
+def test_what_fits_is_told_and_not_refused():
+    check(FITS)
+    assert str(FITS) == "Needs about 3.00 GiB of 9.00 GiB of memory, 1.00 GiB of 8.00 GiB on each device, " \
+        "1.00 GiB of 8.00 GiB of disk."  # fmt: skip
+    unknown = replace(FITS, free_host=None, free_device=None)
+    check(unknown)
+    assert str(unknown) == "Needs about 3.00 GiB of memory, 1.00 GiB of 8.00 GiB of disk."
+
+
+@pytest.mark.parametrize(
+    ("changes", "smallest", "said"),
+    [
+        ({"free_host": GIB + GIB // 2}, {}, "--num-samples 23 would fit"),
+        ({"free_host": GIB // 2}, {}, "--batch-tokens 64 would fit"),
+        ({"free_host": GIB // 2}, {"free_host": GIB // 2}, "use a shorter --seq-len, or more memory"),
+        ({"free_device": GIB}, {}, "1.00 GiB of a device's memory and 1.00 GiB are free; --batch-tokens 64 would fit"),
+        ({"free_device": GIB}, {"free_device": GIB}, "use a shorter --seq-len"),
+        ({"free_disk": GIB}, {}, "The result takes about 1.00 GiB and out has 1.00 GiB left"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(changes, smallest, said):
+    with pytest.raises(FpqError) as error:
+        check(replace(FITS, **changes), replace(FITS, **smallest))
+    assert said in str(error.value)
+    if said.startswith("--num-samples"):  # so many do fit
+        samples = int(said.split()[1])
+        check(replace(FITS, **changes, host=FITS.host - (64 - samples) * FITS.per_window, windows=samples))
+
+
+def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_llama):
+    checkpoint = open_checkpoint(tiny_llama)
+    skeleton = Skeleton(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
+    recipe = Recipe.load("w4a8-fp-m2-lorc").with_lorc_rank(4)
+    chosen = recipe.for_linears(linears(checkpoint).values())
+    kernels = {path: chosen[name] for path, name in linears(checkpoint).items()}
+    of = lambda windows, **more: estimate(skeleton, kernels, (windows, 64), 64, make_mesh(), tiny_llama, **more)
+    large, small = of(256), of(256, batch_tokens=64)
+    assert small.device < large.device and small.disk == large.disk and small.per_window == 64 * 48 * 4
+    assert 500 * small.per_window < of(756, batch_tokens=64).host - small.host + small.resident < 10**9
+    assert of(256, written=1000).disk == large.disk - 1000
+    # every Linear left as it is: nothing is captured or solved
+    kernels = dict.fromkeys(kernels)
+    assert of(256).disk > large.disk
