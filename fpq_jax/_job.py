@@ -24,9 +24,10 @@ from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._estimate import Estimate, estimate
+from fpq_jax._evaluation import Reader, perplexities
 from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, everywhere, windows_at_once
 from fpq_jax._mesh import make_mesh, mesh_text
-from fpq_jax._perplexity import Perplexity, Reader, steps, streamed_perplexities
+from fpq_jax._perplexity import Perplexity
 from fpq_jax._pipeline import linears, quantize_checkpoint
 from fpq_jax._recipe import Recipe
 from fpq_jax._report import ROW_TITLE, VERSION, bits_per_weight, code_digest, environment, layer_row, row_text
@@ -186,22 +187,15 @@ class Job:
         return self._perplexities(read, "quantized", read_ahead=jax.process_count() == 1)
 
     def _perplexities(self, read: Reader, which: str, read_ahead: bool) -> dict[str, Perplexity]:
-        windows = sum(len(w) for w in self.evaluation.values())
-        at_once = windows_at_once(
-            windows, next(iter(self.evaluation.values())).shape[1], self._skeleton, self.mesh, self.batch_tokens
-        )
-        total = steps(self.checkpoint.model_config, windows, at_once)
-        with progress(f"{which}: perplexity on {', '.join(self.evaluation)}", total) as advance:
-            return streamed_perplexities(
-                self._skeleton,
-                read,
-                self.evaluation,
-                self.mesh,
-                at_once=at_once,
-                batch_tokens=self.batch_tokens,
-                read_ahead=read_ahead,
-                advance=advance,
-            ).perplexities
+        return perplexities(
+            self._skeleton,
+            read,
+            self.evaluation,
+            self.mesh,
+            title=f"{which}: ",
+            batch_tokens=self.batch_tokens,
+            read_ahead=read_ahead,
+        ).values
 
     @property
     def _skeleton(self) -> Skeleton:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from fpq_jax._atomic import write_json
 from fpq_jax._checkpoint import QuantizedCheckpoint, open_model, resolve_model
-from fpq_jax._console import console, join_processes, progress, run_command
+from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._evaluation import perplexities
 from fpq_jax._generation import KvCache
-from fpq_jax._layerwise import BATCH_TOKENS, CacheShape, Skeleton, everywhere, windows_at_once
+from fpq_jax._layerwise import BATCH_TOKENS, CacheShape, Skeleton, everywhere
 from fpq_jax._mesh import is_first, parse_mesh
-from fpq_jax._perplexity import steps, streamed_perplexities
 from fpq_jax._report import VERSION, environment, shortened, size_text
 from fpq_jax._residency import Residency
 from fpq_jax._text import (
@@ -82,22 +82,16 @@ def main(options: Options) -> None:
         read = lambda name: checkpoint.read_part(name, options.dtype, everywhere(mesh))
     else:
         read = lambda name: checkpoint.read_part(name, dtype)
-    skeleton = Skeleton(checkpoint.model_class, config, dtype)
-    windows = sum(map(len, texts.values()))
-    at_once = windows_at_once(windows, next(iter(texts.values())).shape[1], skeleton, mesh, options.batch_tokens)
-    with progress(f"perplexity on {', '.join(texts)}", steps(config, windows, at_once)) as advance:
-        measured, weight_bytes = streamed_perplexities(
-            skeleton,
-            read,
-            texts,
-            mesh,
-            expand=options.expand,
-            cache=cache,
-            at_once=at_once,
-            batch_tokens=options.batch_tokens,
-            read_ahead=not quantized or jax.process_count() == 1,
-            advance=advance,
-        )
+    measured, weight_bytes = perplexities(
+        Skeleton(checkpoint.model_class, config, dtype),
+        read,
+        texts,
+        mesh,
+        expand=options.expand,
+        cache=cache,
+        batch_tokens=options.batch_tokens,
+        read_ahead=not quantized or jax.process_count() == 1,
+    )
     console.print(f"{size_text(weight_bytes)} of weights as they are in memory, one layer at a time")
     which = "quantized" if quantized else "original"
     console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)

@@ -1,0 +1,111 @@
+"""Perplexity of a model that is read layer by layer, which may be larger than the memory."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from fpq_jax._console import progress
+from fpq_jax._layerwise import (
+    BATCH_TOKENS,
+    Batches,
+    CacheShape,
+    Skeleton,
+    ahead,
+    embed,
+    forward,
+    replicate,
+    token_losses,
+    windows_at_once,
+)
+from fpq_jax._mesh import sum_over_processes
+from fpq_jax._perplexity import Perplexity, of_losses
+from fpq_jax._tree import Flat, below
+from fpq_jax.models import EMBEDDING, HEAD, params_of, part_names, prepare_in_place, with_params
+
+Reader = Callable[[str], Flat]  # the parameters of a part, by path
+
+
+class Evaluation(NamedTuple):
+    """Perplexity by text, and the bytes of all weights as they were in memory, one layer after the other."""
+
+    values: dict[str, Perplexity]
+    weight_bytes: int
+
+
+def perplexities(
+    skeleton: Skeleton,
+    read: Reader,
+    texts: Mapping[str, Int[np.ndarray, "N L"]],
+    mesh: Mesh,
+    *,
+    expand: str = "load",
+    cache: CacheShape | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    read_ahead: bool = True,
+    title: str = "",
+) -> Evaluation:
+    """Perplexity of a model whose parts are read one after the other, on texts of windows of one length.
+
+    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``expand`` is the weights' form,
+    see ``prepare``; with ``cache`` keys and values are what such a cache gives back, as in generation. Where the hidden
+    states of all windows would be too much for the host, the model is read again for each piece of them.
+    """
+    windows = np.concatenate(list(texts.values()))
+    at_once = windows_at_once(len(windows), windows.shape[1], skeleton, mesh, batch_tokens)
+    sums, weight_bytes = np.zeros(len(windows)), 0
+    pieces = range(0, len(windows), at_once)
+    layers = skeleton.config.num_hidden_layers
+    with progress(f"{title}perplexity on {', '.join(texts)}", len(pieces) * layers) as advance:
+        for start in pieces:
+            piece = slice(start, start + at_once)
+            sums[piece], weight_bytes = _losses_of(
+                skeleton, read, windows[piece], mesh, expand, cache, batch_tokens, read_ahead, advance
+            )
+    ends = np.cumsum([len(w) for w in texts.values()])
+    each = zip(texts, np.split(sums, ends[:-1]), strict=True)
+    return Evaluation({name: of_losses(own, windows.shape[1]) for name, own in each}, weight_bytes)
+
+
+def _losses_of(
+    skeleton: Skeleton,
+    read: Reader,
+    windows: np.ndarray,
+    mesh: Mesh,
+    expand: str,
+    cache: CacheShape | None,
+    batch_tokens: int,
+    read_ahead: bool,
+    advance: Callable[[], None],
+) -> tuple[np.ndarray, int]:
+    """Each window's sum of losses, and the bytes of weights."""
+    batches = Batches.of(windows, mesh, batch_tokens)
+    _, *layers, _ = part_names(skeleton.config)
+    outer = replicate(read(EMBEDDING), mesh)
+    hidden = embed(skeleton, outer, batches)
+    weight_bytes = _bytes(outer)
+    if not skeleton.config.tie_word_embeddings:
+        outer = {}
+    for name, params in zip(layers, ahead(read, layers) if read_ahead else map(read, layers), strict=True):
+        own = {f"layers.0.{path}": leaf for path, leaf in below(replicate(params, mesh), f"{name}.").items()}
+        layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
+        del params, own
+        weight_bytes += _bytes(params_of(layer))
+        forward(layer, hidden, mesh, cache)
+        del layer
+        advance()
+    head = replicate(read(HEAD), mesh)
+    weight_bytes += _bytes(head)
+    sums = np.zeros(len(windows))
+    for found, real, index in zip(
+        token_losses(skeleton, outer | head, hidden, batches), batches.real, batches.index, strict=True
+    ):
+        sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
+    return sum_over_processes(sums), weight_bytes
+
+
+def _bytes(params: Flat) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
