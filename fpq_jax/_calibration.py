@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from fpq_jax._formats import Format
 from fpq_jax._gptq import hessian
-from fpq_jax._layerwise import BATCH, Batches, Skeleton, abstract, divided, put
+from fpq_jax._layerwise import BATCH, Batches, Skeleton, abstract, divided, on_devices, put, replicate
 from fpq_jax._linear import Observed
 from fpq_jax._mesh import AXES
 from fpq_jax._recipe import LinearRecipe
@@ -53,14 +53,15 @@ def calibrate(layer: Any, activations: Activations, hidden: list[np.ndarray], ba
     if any(kind == "static" for _, _, kind in activations):
         # a static scale is from the inputs as they are, with nothing in this layer quantized yet
         plain = tuple((path, None, "token") for path, _, _ in activations)
-        ranges = [_ranges(graph, plain, mesh, state, put(rows, mesh)) for rows in hidden]
+        ranges = [jax.device_get(_ranges(graph, plain, mesh, state, rows)) for rows in on_devices(hidden, mesh)]
         for path, fmt, kind in activations:
             if kind == "static" and fmt is not None:
-                low, high = min(r[path][0] for r in ranges), max(r[path][1] for r in ranges)
-                fixed[path] = range_scale(low[None], high[None], fmt)
+                low, high = (pick([r[path][i] for r in ranges]) for i, pick in ((0, min), (1, max)))
+                fixed[path] = replicate(range_scale(jnp.asarray(low)[None], jnp.asarray(high)[None], fmt), mesh)
     sums = _no_sums(graph, activations, mesh, state, hidden[0].shape, hidden[0].dtype, fixed)
-    for rows, real in zip(hidden, batches.real, strict=True):
-        sums = _accumulate(graph, activations, mesh, state, put(rows, mesh), put(real, mesh), fixed, sums)
+    for rows, real in zip(on_devices(hidden, mesh), batches.real, strict=True):
+        # waited for, or all batches would be on the devices at once
+        sums = jax.block_until_ready(_accumulate(graph, activations, mesh, state, rows, put(real, mesh), fixed, sums))
     tokens = batches.count * hidden[0].shape[1]
     return Seen({paths: _mean(total, tokens, mesh) for paths, total in sums.items()}, fixed)
 

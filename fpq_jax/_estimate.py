@@ -122,7 +122,8 @@ def estimate(
     device, hessians = 0, 0
     if hardest:
         program, sharing, hessians = abstract_accumulate(skeleton.layer(), hardest, mesh, (size, length), skeleton)
-        device = _program_bytes(program)
+        # the next batch is on its way meanwhile
+        device = _program_bytes(program) + size // mesh.size * length * config.hidden_size * skeleton.dtype.itemsize
         for unit in _largest(solved_together(hardest, sharing, layer), layer):
             shape = (layer[unit[0]].shape[0], sum(layer[path].shape[1] for path in unit))
             program = abstract_solve(shape, skeleton.dtype, hardest[unit[0]], mesh)

@@ -4,7 +4,7 @@ The windows of a batch are divided over all devices, each of which holds the who
 states stay on the host, each process those of its own windows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,6 +77,16 @@ def _local_rows(mesh: Mesh, size: int) -> np.ndarray:
 def put(rows: np.ndarray, mesh: Mesh) -> Array:
     """A batch on the devices, of this process's rows."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+
+
+def on_devices(batches: Sequence[np.ndarray], mesh: Mesh) -> Iterator[Array]:
+    """Each batch of ``batches`` on the devices; the next one is on its way while one is used."""
+    following = put(batches[0], mesh)
+    for i in range(len(batches)):
+        current = following
+        if i + 1 < len(batches):
+            following = put(batches[i + 1], mesh)
+        yield current
 
 
 def fetch(batch: Array) -> np.ndarray:
@@ -176,7 +186,8 @@ class CacheShape(NamedTuple):
 def embed(skeleton: Skeleton, params: Flat, batches: Batches) -> list[np.ndarray]:
     """The first layer's input for each batch, on the host. ``params``: what embedding needs, by path."""
     params = replicate(params, batches.mesh)
-    return [fetch(_embed(skeleton, batches.mesh, params, put(tokens, batches.mesh))) for tokens in batches.tokens]
+    mesh = batches.mesh
+    return [fetch(_embed(skeleton, mesh, params, tokens)) for tokens in on_devices(batches.tokens, mesh)]
 
 
 def forward(layer: Any, hidden: list[np.ndarray], mesh: Mesh, cache: CacheShape | None = None) -> None:
@@ -185,8 +196,8 @@ def forward(layer: Any, hidden: list[np.ndarray], mesh: Mesh, cache: CacheShape 
     With ``cache`` keys and values are what such a cache gives back, as in generation.
     """
     graph, state = nnx.split(layer)
-    for i, rows in enumerate(hidden):
-        hidden[i] = fetch(_forward(graph, mesh, cache, state, put(rows, mesh)))
+    for i, rows in enumerate(on_devices(hidden, mesh)):
+        hidden[i] = fetch(_forward(graph, mesh, cache, state, rows))
 
 
 def token_losses(skeleton: Skeleton, params: Flat, hidden: list[np.ndarray], batches: Batches) -> list[np.ndarray]:
@@ -196,8 +207,8 @@ def token_losses(skeleton: Skeleton, params: Flat, hidden: list[np.ndarray], bat
     """
     mesh = batches.mesh
     return [
-        fetch(_losses(skeleton, mesh, params, put(rows, mesh), put(tokens, mesh)))
-        for rows, tokens in zip(hidden, batches.tokens, strict=True)
+        fetch(_losses(skeleton, mesh, params, rows, put(tokens, mesh)))
+        for rows, tokens in zip(on_devices(hidden, mesh), batches.tokens, strict=True)
     ]
 
 
