@@ -91,8 +91,8 @@ def _no_sums(
     rows = jax.ShapeDtypeStruct(shape, dtype)
     real = jax.ShapeDtypeStruct(shape[:1], bool)
     shapes = jax.eval_shape(partial(_hessians, graph, activations), state, rows, real, fixed)
-    zeros = lambda: {paths: jnp.zeros((mesh.size, *one.shape), one.dtype) for paths, one in shapes.items()}
-    return jax.jit(zeros, out_shardings=NamedSharding(mesh, BATCH))()
+    on = NamedSharding(mesh, BATCH)
+    return {paths: jnp.zeros((mesh.size, *one.shape), one.dtype, device=on) for paths, one in shapes.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)

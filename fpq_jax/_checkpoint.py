@@ -26,11 +26,12 @@ from jax.sharding import Mesh, NamedSharding
 from fpq_jax._atomic import write_json
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
+from fpq_jax._layerwise import arithmetic_dtype
 from fpq_jax._parts import Entry, PartsWriter, Sharding, abstract_part, arrays_of, read_part
 from fpq_jax._qtensor import QTensor
 from fpq_jax._residency import Residency, check_residency
 from fpq_jax._tree import Flat
-from fpq_jax._unfinished import is_unfinished
+from fpq_jax._unfinished import is_unfinished, unfinished_folder
 from fpq_jax.models import (
     HfCheckpoint,
     abstract_model,
@@ -63,6 +64,8 @@ def resolve_model(model: str | Path | None) -> Path:
             raise FpqError(f"{model} is an unfinished run; start its quantize command again to finish it.")
         return Path(model)
     name = str(model)
+    if is_unfinished(unfinished_folder(Path(model))):
+        raise FpqError(f"{model} is not finished; start its quantize command again to finish it.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FpqError(
             f"There is no model folder {name}; name a folder, a hub id such as "
@@ -138,7 +141,8 @@ def save(directory: str | Path, model: Any) -> None:
 def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
-    ``dtype`` is what the unquantized parameters are held in, by default as stored. ``expand`` prepares the model to be
+    ``dtype`` is what the unquantized parameters are held in, by default as stored (float32 for float16 to be run on a
+    CPU, which has no such products). ``expand`` prepares the model to be
     run (see ``prepare``): "load" turns packed 4-bit codes into FP8 once, exactly, where their scales allow it; "step"
     leaves them packed, half the memory, and expands them in each product. None leaves everything as stored, for
     ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
@@ -149,6 +153,8 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
     checkpoint = open_model(resolve_model(directory))
     if mesh is not None:
         check_division(checkpoint.model_class, checkpoint.model_config, mesh)
+    if expand is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:
+        dtype = arithmetic_dtype(checkpoint.dtype)
     if dtype is None and isinstance(checkpoint, HfCheckpoint):
         dtype = checkpoint.dtype
     params: Flat = {}
@@ -179,6 +185,8 @@ def _read_onto(checkpoint: QuantizedCheckpoint | HfCheckpoint, name: str, dtype:
 
 def check_output(directory: Path) -> None:
     """FpqError if ``directory`` cannot become a new result."""
+    if directory.exists() and os.path.ismount(directory.resolve()):
+        raise FpqError(f"The output {directory} is where a disk is mounted; name a new folder in it.")
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise FpqError(f"The output {directory} exists and is not empty; remove it or choose another --output.")
     parent = directory.absolute().parent

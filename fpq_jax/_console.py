@@ -3,16 +3,16 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fpq_jax._errors import FpqError
-from fpq_jax._mesh import is_first, start_processes
+from fpq_jax._mesh import is_first, several_processes, start_processes
 
 Options = TypeVar("Options")
 
@@ -53,22 +53,39 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
         logging.getLogger(library).setLevel(logging.CRITICAL)
     parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}")
     try:
-        main(parsed)
+        _main(main, parsed)
     except FpqError as error:
         _fail(str(error))
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "Interrupted; nothing unfinished was written.", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(str(interrupt) or "Interrupted.", file=sys.stderr)
+        _end(130)
     except OSError as error:
         if error.errno is None:
             raise
         _fail(f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}.")
 
 
+def _main(main: Callable[[Options], None], parsed: Options) -> None:
+    try:
+        main(parsed)
+    except (FpqError, OSError):
+        raise
+    except Exception:
+        if not several_processes():
+            raise
+        traceback.print_exc()
+        _end(1)
+
+
 def _fail(message: str) -> Any:
     print(f"error: {message}", file=sys.stderr)
-    if jax.process_count() > 1:
+    _end(2)
+
+
+def _end(status: int) -> Any:
+    if several_processes():
         # an ordinary end would wait for the other processes, which wait for this one
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)
-    raise SystemExit(2) from None
+        os._exit(status)
+    raise SystemExit(status) from None

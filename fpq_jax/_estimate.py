@@ -17,7 +17,7 @@ from fpq_jax._calibration import abstract_accumulate
 from fpq_jax._errors import FpqError
 from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, abstract_losses, batch_size
 from fpq_jax._lorc import lorc
-from fpq_jax._machine import free_device_memory, free_disk, free_host_memory, resident_memory
+from fpq_jax._machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
 from fpq_jax._qtensor import quantize_array
 from fpq_jax._recipe import LinearRecipe
 from fpq_jax._report import size_text
@@ -31,10 +31,11 @@ _MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's o
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes. host: of the process, ``per_window`` of it for each calibration window; ``resident``: what it has already.
+    """Bytes. host: of the process; ``resident``: what it has already.
 
-    device: on each one, at most. disk: of the result. free_*: what there is, None where nothing says; the host's memory
-    is the device's on a CPU, and counted there.
+    Of it ``per_window`` for each of ``windows`` of calibration, or of ``evaluated`` ones, if those are more. device: on
+    each one, at most. disk: of the result. free_*: what there is, None where nothing says; the host's memory is the
+    device's on a CPU, and counted there.
     """
 
     host: int
@@ -43,6 +44,7 @@ class Estimate:
     device: int
     disk: int
     windows: int
+    evaluated: int
     free_host: int | None
     free_device: int | None
     free_disk: int
@@ -76,10 +78,11 @@ class Estimate:
             )
         if not self._fits_host:
             assert self.free_host is not None
-            alone = self.host - self.per_window * self.windows
+            alone = self.host - self.per_window * max(self.windows, self.evaluated)
             fit = int((self.free_host / _MARGIN + self.resident - alone) // self.per_window)
             if fit > 0:
-                remedy = f"--num-samples {fit} would fit"
+                given = {"--num-samples": self.windows, "--max-windows": self.evaluated}
+                remedy = f"{' '.join(f'{flag} {fit}' for flag, n in given.items() if n > fit)} would fit"
             elif smallest()._fits_host:
                 remedy = f"--batch-tokens {smallest_batch} would fit"
             else:
@@ -91,7 +94,7 @@ class Estimate:
         if self.disk * _MARGIN > self.free_disk:
             raise FpqError(
                 f"The result takes about {size_text(self.disk)} and {place} has {size_text(self.free_disk)} left; "
-                "make room there or choose another --output."
+                "make room there or name another --output."
             )
 
 
@@ -142,7 +145,7 @@ def estimate(
     host = 2 * layer_bytes + 3 * largest + max(quantized) + max(embedding, outer_bytes - embedding)
     host += max(count, evaluated) * per_window // processes
     free_device = free_device_memory()
-    if free_device is None:
+    if on_cpu():
         host += device * len(mesh.local_devices)
     resident = resident_memory()
     return Estimate(
@@ -152,6 +155,7 @@ def estimate(
         device=device,
         disk=max(0, sum(quantized) + outer_bytes - written),
         windows=count,
+        evaluated=evaluated,
         free_host=free_host_memory(),
         free_device=free_device,
         free_disk=free_disk(place),

@@ -15,6 +15,7 @@ from fpq_jax._layerwise import (
     CacheShape,
     Skeleton,
     ahead,
+    batch_size,
     embed,
     forward,
     replicate,
@@ -55,6 +56,7 @@ def perplexities(
     states of all windows would be too much for the host, the model is read again for each piece of them.
     """
     windows = np.concatenate(list(texts.values()))
+    size = batch_size(len(windows), windows.shape[1], mesh, batch_tokens)
     at_once = windows_at_once(len(windows), windows.shape[1], skeleton, mesh, batch_tokens)
     sums, weight_bytes = np.zeros(len(windows)), 0
     pieces = range(0, len(windows), at_once)
@@ -63,7 +65,7 @@ def perplexities(
         for start in pieces:
             piece = slice(start, start + at_once)
             sums[piece], weight_bytes = _losses_of(
-                skeleton, read, windows[piece], mesh, expand, cache, batch_tokens, read_ahead, advance
+                skeleton, read, Batches.of(windows[piece], mesh, size), expand, cache, read_ahead, advance
             )
     ends = np.cumsum([len(w) for w in texts.values()])
     each = zip(texts, np.split(sums, ends[:-1]), strict=True)
@@ -73,24 +75,24 @@ def perplexities(
 def _losses_of(
     skeleton: Skeleton,
     read: Reader,
-    windows: np.ndarray,
-    mesh: Mesh,
+    batches: Batches,
     expand: str,
     cache: CacheShape | None,
-    batch_tokens: int,
     read_ahead: bool,
     advance: Callable[[], None],
 ) -> tuple[np.ndarray, int]:
     """Each window's sum of losses, and the bytes of weights."""
-    batches = Batches.of(windows, mesh, batch_tokens)
+    mesh = batches.mesh
     _, *layers, _ = part_names(skeleton.config)
     outer = replicate(read(EMBEDDING), mesh)
     hidden = embed(skeleton, outer, batches)
     weight_bytes = _bytes(outer)
     if not skeleton.config.tie_word_embeddings:
         outer = {}
-    for name, params in zip(layers, ahead(read, layers) if read_ahead else map(read, layers), strict=True):
-        own = {f"layers.0.{path}": leaf for path, leaf in below(replicate(params, mesh), f"{name}.").items()}
+    reading = ahead(read, layers) if read_ahead else map(read, layers)
+    for name in layers:
+        params = below(replicate(next(reading), mesh), f"{name}.")
+        own = {f"layers.0.{path}": leaf for path, leaf in params.items()}
         layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
         del params, own
         weight_bytes += _bytes(params_of(layer))
@@ -99,7 +101,7 @@ def _losses_of(
         advance()
     head = replicate(read(HEAD), mesh)
     weight_bytes += _bytes(head)
-    sums = np.zeros(len(windows))
+    sums = np.zeros(batches.count)
     for found, real, index in zip(
         token_losses(skeleton, outer | head, hidden, batches), batches.real, batches.index, strict=True
     ):

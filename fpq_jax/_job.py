@@ -25,10 +25,11 @@ from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._estimate import Estimate, estimate
 from fpq_jax._evaluation import Reader, perplexities
-from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, everywhere, windows_at_once
-from fpq_jax._mesh import make_mesh, mesh_text
+from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, arithmetic_dtype, everywhere, windows_at_once
+from fpq_jax._mesh import from_first, is_first, make_mesh, mesh_text
 from fpq_jax._perplexity import Perplexity
 from fpq_jax._pipeline import linears, quantize_checkpoint
+from fpq_jax._program_cache import kept_programs
 from fpq_jax._recipe import Recipe
 from fpq_jax._report import ROW_TITLE, VERSION, bits_per_weight, code_digest, environment, layer_row, row_text
 from fpq_jax._solve import LinearResult
@@ -42,7 +43,7 @@ from fpq_jax._text import (
     tail_name,
     window_length,
 )
-from fpq_jax._unfinished import Unfinished, kept_programs
+from fpq_jax._unfinished import Unfinished
 from fpq_jax.models import HfCheckpoint, open_checkpoint, part_names
 
 
@@ -104,7 +105,7 @@ class Job:
         for recipe in recipes:
             recipe.for_linears(linears(checkpoint).values())
         with progress("reading the weights once", len(checkpoint.shapes)) as advance:
-            digest = checkpoint.digest(advance)
+            digest = from_first(checkpoint.digest(advance) if is_first() else None)
         config = checkpoint.model_config
         length = window_length(seq_len, config.max_position_embeddings)
         tokenizer = load_tokenizer(folder)
@@ -127,7 +128,7 @@ class Job:
             digest=digest,
             mesh=mesh or make_mesh(),
             model_name=name or ("demo" if model is None else model),
-            dtype=jnp.dtype(dtype or checkpoint.dtype),
+            dtype=arithmetic_dtype(checkpoint.dtype, dtype),
             calibration_spec=calibration_spec,
             requested_samples=num_samples,
             calibration=text,
@@ -258,8 +259,9 @@ class Job:
                 store.write(
                     part.name, part.params, results=[asdict(result) for result in part.results], seconds=part.seconds
                 )
-                if part.results:
+                if part.name.startswith("layers."):
                     advance()
+                del part  # its arrays are not needed while the next is made
             store.wait()
         results = [
             result for name in part_names(self.checkpoint.model_config) for result in store.told(name, "results")

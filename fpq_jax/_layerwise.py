@@ -4,8 +4,9 @@ The windows of a batch are divided over all devices, each of which holds the who
 states stay on the host, each process those of its own windows.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from fpq_jax._machine import free_host_memory
-from fpq_jax._mesh import AXES
+from fpq_jax._machine import free_host_memory, on_cpu
+from fpq_jax._mesh import AXES, from_first
 from fpq_jax._tree import Flat
 from fpq_jax.models import LayerCache, abstract_model, with_params
 
@@ -47,9 +48,8 @@ class Batches:
     mesh: Mesh
 
     @classmethod
-    def of(cls, windows: Int[np.ndarray, "N L"], mesh: Mesh, tokens: int = BATCH_TOKENS) -> "Batches":
-        """Batches of about ``tokens`` tokens on each device, see ``batch_size``."""
-        size = batch_size(len(windows), windows.shape[1], mesh, tokens)
+    def of(cls, windows: Int[np.ndarray, "N L"], mesh: Mesh, size: int) -> "Batches":
+        """Batches of ``size`` windows, see ``batch_size``."""
         index = np.arange(-(-len(windows) // size) * size)
         real = index < len(windows)
         index = np.where(real, index, 0)
@@ -172,7 +172,15 @@ def windows_at_once(count: int, length: int, skeleton: Skeleton, mesh: Mesh, tok
     row = length * skeleton.config.hidden_size * jnp.dtype(skeleton.dtype).itemsize
     fit = int(free * _HIDDEN_SHARE) * jax.process_count() // row
     size = batch_size(count, length, mesh, tokens)
-    return min(count, max(1, fit // size) * size)
+    # the same in every process, whatever is free there
+    return from_first(min(count, max(1, fit // size) * size))
+
+
+def arithmetic_dtype(stored: Any, asked: Any = None) -> Any:
+    """The dtype of what is not quantized: as asked, or as stored; float16, of which a CPU has no products, is float32
+    there."""
+    stored = jnp.dtype(stored)
+    return jnp.dtype(asked or (jnp.float32 if stored == jnp.float16 and on_cpu() else stored))
 
 
 class CacheShape(NamedTuple):
@@ -274,11 +282,10 @@ def _positions(tokens: Array) -> Int[Array, "B L"]:
 def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """function(item) for each item, in order; the next one is computed in a thread while one is used."""
     with ThreadPoolExecutor(1) as thread:
-        pending = None
+        pending: deque[Future[Result]] = deque()
         for item in items:
-            following = thread.submit(function, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+            pending.append(thread.submit(function, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()  # and not kept here
+        while pending:
+            yield pending.popleft().result()

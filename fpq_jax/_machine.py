@@ -43,18 +43,26 @@ def free_host_memory() -> int | None:
         limits, uses = _numbers(Path(limit)), _numbers(Path(use))
         if limits and uses:
             found.append(limits[0] - uses[0] + _lines(Path(use).with_name("memory.stat")).get(reclaimable, 0))
-    data = _lines(Path("/proc/self/status")).get("VmData:", 0) * 1024
-    limit_of_data = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    if limit_of_data != resource.RLIM_INFINITY:
-        found.append(limit_of_data - data)
+    status = _lines(Path("/proc/self/status"))
+    for limited, use in ((resource.RLIMIT_DATA, "VmData:"), (resource.RLIMIT_AS, "VmSize:")):
+        most = resource.getrlimit(limited)[0]
+        if most != resource.RLIM_INFINITY:
+            found.append(most - status.get(use, 0) * 1024)
     return max(0, min(found)) if found else None
 
 
 def free_device_memory() -> int | None:
     """Bytes that are free on the device with the least; None where it is the host's memory, or nothing says."""
+    if on_cpu():
+        return None
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     free = [s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats if "bytes_limit" in s]
     return min(free) if free else None
+
+
+def on_cpu() -> bool:
+    """Whether the devices' memory is the host's."""
+    return jax.default_backend() == "cpu"
 
 
 def free_disk(place: Path) -> int:

@@ -4,6 +4,7 @@ Quantizing and evaluating hold one layer at a time and divide windows over all d
 divides rows over "data" and weights over "model".
 """
 
+import json
 import os
 from typing import Any
 
@@ -124,3 +125,20 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
 
     bits = multihost_utils.process_allgather(values.view(np.int32))  # JAX would round float64
     return np.asarray(bits).view(np.float64).sum(axis=0)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's plain data, in each of them."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    sent = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
+    buffer = sent if is_first() else np.zeros(length, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def several_processes() -> bool:
+    """Whether there are others that wait for this one; asks no device."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -21,6 +21,7 @@ from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
 
 PARAMS = "params"
+_REMEDY = "see to it, for instance make room there, and start the same command again"
 Entry = dict[str, Any]  # {"quantized": {path: facts}, "arrays": {path: {part: {"shape", "dtype"}}}}
 Sharding = Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]  # of a path's array of a part and shape
 
@@ -37,7 +38,10 @@ class PartsWriter:
     def write(self, name: str, params: Flat) -> Entry:
         """Begin to write a part; the entry that describes it."""
         arrays = {path: arrays_of(leaf) for path, leaf in params.items()}
-        with _said(f"{name} cannot be written to {self._folder}", "make room there and start again"):
+        with _said(
+            f"{name} cannot be written to {self._folder}",
+            _REMEDY,
+        ):
             self._checkpointer.wait_until_finished()
             if arrays:
                 self._checkpointer.save(self._folder / name, jax.tree.map(jnp.asarray, arrays))
@@ -47,7 +51,10 @@ class PartsWriter:
 
     def wait(self) -> None:
         """Until everything is on the disk."""
-        with _said(f"{self._folder} cannot be written", "make room there and start again"):
+        with _said(
+            f"{self._folder} cannot be written",
+            _REMEDY,
+        ):
             self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
@@ -103,9 +110,11 @@ def entry_of(params: Flat) -> Entry:
 
 @contextmanager
 def _said(what: str, remedy: str) -> Iterator[None]:
-    """Errors of Orbax and tensorstore, of many kinds, as one sentence."""
+    """Errors of Orbax and tensorstore, of many kinds, as one sentence; a device's own are not told here."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FpqError(f"{what}; {remedy} ({reason}).") from error

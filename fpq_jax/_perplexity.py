@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
-from fpq_jax._layerwise import Batches, losses
+from fpq_jax._layerwise import Batches, batch_size, losses
 from fpq_jax._mesh import make_mesh
 
 _Advance = Callable[[int], None]
@@ -28,7 +28,8 @@ class Perplexity(NamedTuple):
 def perplexity(model: Any, windows: Int[np.ndarray, "N L"], advance: _Advance | None = None) -> Perplexity:
     """Perplexity of ``model(tokens) -> logits`` on ``windows``; ``advance`` is told how many windows are done."""
     graph, state = nnx.split(model)
-    batches = Batches.of(windows, make_mesh())
+    mesh = make_mesh()
+    batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh))
     sums = np.zeros(len(windows))
     for tokens, real, index in zip(batches.tokens, batches.real, batches.index, strict=True):
         found = np.asarray(_token_losses(graph, state, jnp.asarray(tokens)))

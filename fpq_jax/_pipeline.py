@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from fpq_jax._calibration import Activations, Seen, activations_of, calibrate
-from fpq_jax._layerwise import BATCH_TOKENS, Batches, Skeleton, ahead, embed, forward, replicate
+from fpq_jax._layerwise import BATCH_TOKENS, Batches, Skeleton, ahead, batch_size, embed, forward, replicate
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import LinearRecipe, Recipe
 from fpq_jax._solve import LinearResult, quantize_linears
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     what = recipe.for_linears(names.values())
     skeleton = Skeleton(model_class, config, np.dtype(dtype))
     layer = skeleton.layer()
-    batches = Batches.of(windows, mesh, batch_tokens)
+    batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))
 
     def read(name: str) -> tuple[Flat, float]:
         began = time.perf_counter()
@@ -122,7 +122,10 @@ def quantize_checkpoint(
         # written as they are divided: each process its own part
         part = {f"{name}.{p}": divided[p] if isinstance(divided[p], QTensor) else leaf for p, leaf in whole.items()}
         del whole, divided, weights
-        yield Part(name, part, [result for _, result in solved.values()], seconds)
+        results = [result for _, result in solved.values()]
+        del solved
+        yield Part(name, part, results, seconds)
+        del part
     del hidden
     if HEAD in todo:
         yield Part(HEAD, replicate(next(reading)[0], mesh))

@@ -2,6 +2,7 @@
 
 Beside the output to be, OUT.unfinished holds
 
+    fpq.lock        held by the run
     job.json        the facts that fingerprint the job
     progress/       a record for each finished part (what came of it, and a digest of every file of it), and what
                     else was measured
@@ -15,9 +16,7 @@ record are not as they were written, is made again.
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,55 +25,52 @@ import jax
 from fpq_jax._atomic import folder_digests, json_digest, read_sealed, write_sealed
 from fpq_jax._errors import FpqError
 from fpq_jax._machine import free_disk
-from fpq_jax._mesh import barrier, is_first
+from fpq_jax._mesh import barrier, from_first, is_first
 from fpq_jax._parts import PARAMS, Entry, PartsWriter, Sharding, abstract_part, read_part
 from fpq_jax._report import size_text
 from fpq_jax._tree import Flat
 
-_JOB, _PROGRESS, _MODEL, _PROGRAMS = "job.json", "progress", "model", "programs"
+_LOCK, _JOB, _PROGRESS, _MODEL, _PROGRAMS = "fpq.lock", "job.json", "progress", "model", "programs"
 SUFFIX = ".unfinished"
 _METADATA = 64 * 2**10  # bytes that a part takes beside its arrays
 
 
 def is_unfinished(folder: Path) -> bool:
     """Whether this is a run's progress, or inside of it."""
-    return any(
-        (place / _JOB).is_file() and (place / _PROGRESS).is_dir() for place in (folder, folder.absolute().parent)
-    )
+    known = lambda place: (place / _LOCK).is_file() or ((place / _JOB).is_file() and (place / _PROGRESS).is_dir())
+    return any(known(place) for place in (folder, folder.absolute().parent))
 
 
-def remove_leftover(output: Path) -> None:
-    """Remove the progress of a run that was killed when its model was already in its place."""
-    folder = output.absolute().with_name(output.name + SUFFIX)
-    if is_unfinished(folder) and not (folder / _MODEL).exists() and output.is_dir():
-        shutil.rmtree(folder)
+def unfinished_folder(output: Path) -> Path:
+    """Where the progress towards ``output`` is."""
+    output = output.resolve()
+    return output.with_name(output.name + SUFFIX)
 
 
-@contextmanager
-def kept_programs(folder: Path) -> Iterator[None]:
-    """Programs compiled inside are kept in ``folder``, or where JAX has been told already, and loaded from there."""
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-        yield
-        return
-    from jax.experimental.compilation_cache import compilation_cache
+def is_placed(output: Path) -> bool:
+    """Whether a run was killed when its model was already in its place, its progress still there."""
+    folder = unfinished_folder(output)
+    return output.is_dir() and is_unfinished(folder) and not (folder / _MODEL).exists()
 
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
 
-    def use(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def remove_progress(output: Path, facts: dict[str, Any]) -> bool:
+    """Remove what such a run left; whether it was the job with these facts."""
+    folder = unfinished_folder(output)
+    same = read_sealed(folder / _JOB) == facts
+    barrier("what was left is known")
+    if is_first():
+        _remove(folder)
+    return same
 
-    use(options)
-    try:
-        yield
-    finally:
-        use(before)
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of progress; what makes it one goes last, so that it is known for one until then."""
+    for place in folder.iterdir():
+        if place.is_dir() and place.name != _PROGRESS:
+            shutil.rmtree(place)
+    shutil.rmtree(folder / _PROGRESS, ignore_errors=True)
+    (folder / _JOB).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 class Unfinished:
@@ -85,19 +81,25 @@ class Unfinished:
     """
 
     def __init__(self, output: Path, facts: dict[str, Any]):
-        self.output = output.absolute()
-        self.folder = self.output.with_name(self.output.name + SUFFIX)
+        self.output = output.resolve()  # a link to a folder cannot be renamed over
+        self.folder = unfinished_folder(output)
         self.model = self.folder / _MODEL
         self._facts = json_digest(facts)
-        self._check(facts)
         if is_first():
-            for folder in (self._progress, self.model / PARAMS):
-                folder.mkdir(parents=True, exist_ok=True)
+            self._check(facts)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
             write_sealed(self.folder / _JOB, facts)
+            for folder in (self._progress, self.model / PARAMS):
+                folder.mkdir(parents=True, exist_ok=True)
             self._drop_what_is_not_whole()
-        barrier("the progress is read")
-        self._records = {path.stem: value for path in self._progress.glob("*.json") if (value := self._record(path))}
+        # one reads for all: a file system that is shared may show others something else for a while
+        found = {path.stem: self._record(path) for path in self._progress.glob("*.json")} if is_first() else {}
+        begun, self._records = from_first([self._facts, found])
+        if begun != self._facts:
+            raise FpqError(
+                "The processes were started with different options or files; start the same command in each."
+            )
         self._writer = PartsWriter(self.model)
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -112,31 +114,37 @@ class Unfinished:
         return self.folder / _PROGRESS
 
     def _check(self, facts: dict[str, Any]) -> None:
-        if self.folder.exists() and not self._progress.is_dir() and any(self.folder.iterdir()):
+        if self.folder.exists() and not is_unfinished(self.folder) and any(self.folder.iterdir()):
             raise FpqError(f"{self.folder} is no progress of a run; remove it, or choose another --output.")
+        records = [value for path in self._progress.glob("*.json") if (value := read_sealed(path)) is not None]
+        if all(record["job"] == self._facts for record in records):
+            return
         known = read_sealed(self.folder / _JOB)
-        if known is not None and known != facts:
-            differing = [name for name in facts.keys() | known.keys() if facts.get(name) != known.get(name)]
-            raise FpqError(
-                f"{self.folder} holds the progress of another job ({', '.join(sorted(differing))} differ); "
-                "start that one again, remove the folder, or choose another --output."
-            )
+        differing = "job.json, which says how, is damaged"
+        if known is not None:
+            names = [name for name in facts.keys() | known.keys() if facts.get(name) != known.get(name)]
+            differing = f"{', '.join(sorted(names))} differ"
+        raise FpqError(
+            f"{self.folder} holds the progress of another job ({differing}); "
+            "start that one again, remove the folder, or choose another --output."
+        )
 
     def _locked(self) -> IO[str]:
         """A file that this process has locked for as long as it lives; FpqError if another one has."""
-        file = (self.folder / "lock").open("w", encoding="utf-8")
+        file = (self.folder / _LOCK).open("w", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise FpqError(f"Another process is working on {self.folder}; wait for it, or end it.") from error
+        file.write("held by the run that is working here\n")
         return file
 
     def _drop_what_is_not_whole(self) -> None:
         records = {path.stem: self._record(path) for path in self._progress.glob("*.json")}
         for place in (self.model / PARAMS).iterdir():
             record = records.get(place.name)
-            if record is None or folder_digests(place) != record["files"]:
-                shutil.rmtree(place)
+            if record is None or not place.is_dir() or folder_digests(place) != record["files"]:
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
                 records[place.name] = None
         for path in self._progress.iterdir():
             record = records.get(path.stem)
@@ -228,7 +236,7 @@ class Unfinished:
             if self.output.is_dir():
                 self.output.rmdir()  # empty, or this fails
             self.model.rename(self.output)
-            shutil.rmtree(self.folder)
+            _remove(self.folder)
         barrier("the model is in its place")
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._evaluation import perplexities
 from fpq_jax._generation import KvCache
-from fpq_jax._layerwise import BATCH_TOKENS, CacheShape, Skeleton, everywhere
+from fpq_jax._layerwise import BATCH_TOKENS, CacheShape, Skeleton, arithmetic_dtype, everywhere
 from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._report import VERSION, environment, shortened, size_text
 from fpq_jax._residency import Residency
@@ -73,13 +73,13 @@ def main(options: Options) -> None:
     folder = resolve_model(options.model)
     checkpoint = open_model(folder)
     quantized = isinstance(checkpoint, QuantizedCheckpoint)
-    config, dtype = checkpoint.model_config, jnp.dtype(options.dtype or checkpoint.dtype)
+    config, dtype = checkpoint.model_config, arithmetic_dtype(checkpoint.dtype, options.dtype)
     cache = None
     if options.kv_cache == "float8":
         cache = CacheShape(config.num_key_value_heads, config.head_dim, jnp.dtype(jnp.float8_e4m3fn))
     texts = _texts(options, folder, quantized, config)
     if isinstance(checkpoint, QuantizedCheckpoint):
-        read = lambda name: checkpoint.read_part(name, options.dtype, everywhere(mesh))
+        read = lambda name: checkpoint.read_part(name, None if dtype == checkpoint.dtype else dtype, everywhere(mesh))
     else:
         read = lambda name: checkpoint.read_part(name, dtype)
     measured, weight_bytes = perplexities(

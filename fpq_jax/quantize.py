@@ -1,5 +1,6 @@
 """Quantize a LLaMA or OPT checkpoint: python -m fpq_jax.quantize --model DIR --output DIR."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
 from fpq_jax._report import shortened, size_text
 from fpq_jax._tree import Flat
-from fpq_jax._unfinished import Unfinished, remove_leftover
+from fpq_jax._unfinished import is_placed, remove_progress, unfinished_folder
 
 _DEMO_OUTPUT = Path("fpq-demo")
 _MAX_FALLBACKS = 0.1  # share of Linears for which GPTQ could not run before the command reports failure
@@ -74,8 +75,8 @@ def main(options: Options) -> None:
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
     output = options.output or (_DEMO_OUTPUT if options.model is None else None)
-    if output is not None:
-        remove_leftover(output)
+    placed = output is not None and is_placed(output)
+    if output is not None and not placed:
         check_output(output)
     if options.report is not None and (options.report.is_dir() or not options.report.absolute().parent.is_dir()):
         raise FpqError(f"The report {options.report} cannot be written; name a file in a folder that exists.")
@@ -92,34 +93,45 @@ def main(options: Options) -> None:
         mesh=mesh,
         batch_tokens=options.batch_tokens,
     )
+    if output is not None and placed:
+        if not remove_progress(output, job.facts(recipe)):
+            check_output(output)
+        console.print(f"{output} was finished already.", markup=False)
+        if options.report is not None and is_first():
+            shutil.copyfile(output / "report.json", options.report)
+        return
+    try:
+        _run(options, job, recipe, output, began)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted; {_kept(output)}.") from None
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise FpqError(
+            f"There is not enough memory ({reason}); with more of it {_kept(output)}, or use fewer --num-samples, "
+            "fewer --batch-tokens or a shorter --seq-len and another --output."
+        ) from error
+
+
+def _run(options: Options, job: Job, recipe: Recipe, output: Path | None, began: float) -> None:
     with job.store(recipe, output) as store:
         console.print(str(job.check_estimate(recipe, store)), markup=False)
-        try:
-            original = job.original(store)
-            results = job.quantize(recipe, store)
-            quantized = job.quantized(store)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Interrupted; {_kept(output, store)}.") from None
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            reason = str(error).partition("\n")[0]
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
-                raise
-            raise FpqError(
-                f"There is not enough memory ({reason}); use fewer --num-samples or a shorter --seq-len, or, with more "
-                f"memory, the same command: {_kept(output, store)}."
-            ) from error
+        original = job.original(store)
+        results = job.quantize(recipe, store)
+        quantized = job.quantized(store)
         report = job.report(recipe, store, results, original, quantized, time.perf_counter() - began)
         params = store.abstract()
-        if output is not None and is_first():
-            copy_sidecars(job.checkpoint.folder, store.model)
-            recipe_yaml = yaml.safe_dump(report["recipe"], sort_keys=False)
-            (store.model / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-            write_json(store.model / "report.json", report)
-            write_manifest(store.model, store.entries())
+        if options.report is not None and is_first():
+            write_json(options.report, report)
         if output is not None:
+            if is_first():
+                copy_sidecars(job.checkpoint.folder, store.model)
+                recipe_yaml = yaml.safe_dump(report["recipe"], sort_keys=False)
+                (store.model / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+                write_json(store.model / "report.json", report)
+                write_manifest(store.model, store.entries())
             store.finish()
-    if options.report is not None and is_first():
-        write_json(options.report, report)
     _print_summary(output, params, report)
     fallbacks = sum(result.fell_back for result in results)
     if fallbacks > _MAX_FALLBACKS * len(results):
@@ -127,11 +139,11 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
-def _kept(output: Path | None, store: Unfinished) -> str:
+def _kept(output: Path | None) -> str:
     if output is None:
         return "without --output nothing is kept"
-    layers = sum(name.startswith("layers.") for name in store.parts)
-    return f"{layers} finished layers are kept in {store.folder} and the same command goes on behind them"
+    layers = len(list(unfinished_folder(output).glob("progress/layers.*.json")))
+    return f"the same command goes on behind {layers} finished layers, which are kept in {unfinished_folder(output)}"
 
 
 def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) -> None:

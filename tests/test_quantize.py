@@ -11,7 +11,7 @@ import yaml
 from fpq_jax.models import params_of
 from safetensors.numpy import load_file, save_file
 
-from fpq_jax import QTensor, evaluate, load
+from fpq_jax import Generator, QTensor, evaluate, load
 from fpq_jax._console import run_command
 from fpq_jax.quantize import Options, main
 
@@ -275,3 +275,18 @@ def test_a_killed_run_leaves_no_directory_of_that_name(tmp_path, tiny_llama, tex
     assert not (tmp_path / "out").exists()
     subprocess.run(line, check=True, capture_output=True)
     assert isinstance(params_of(load(tmp_path / "out"))["layers.0.mlp.up_proj.kernel"], QTensor)
+
+
+def test_a_checkpoint_in_float16_is_worked_on_in_float32_on_a_cpu(monkeypatch, capsys, tmp_path, tiny_opt, text_file):
+    weights = tiny_opt / "model.safetensors"
+    save_file({name: tensor.astype("float16") for name, tensor in load_file(weights).items()}, weights)
+    command(monkeypatch, "--model", tiny_opt, "--calibration", text_file, "--num-samples", 4, "--max-windows", 2,
+            "--group-size", 16, "--output", tmp_path / "out")  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["dtype"] == "float32"
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate", "--model", str(tiny_opt), "--eval", str(text_file), "--max-windows", "2"]
+    )
+    run_command(evaluate.main, evaluate.Options, "evaluate")
+    assert str(load(tiny_opt).embed_tokens.embedding.get_value().dtype) == "float16"
+    assert len(Generator(load(tiny_opt, expand="load"))([[1, 2]], max_new_tokens=3).tokens[0]) == 3

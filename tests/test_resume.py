@@ -19,7 +19,8 @@ from fpq_jax.models import params_of
 from jax.experimental.compilation_cache import compilation_cache
 
 from fpq_jax import FpqError, QTensor, load, quantize
-from fpq_jax._unfinished import Unfinished, kept_programs
+from fpq_jax._program_cache import kept_programs
+from fpq_jax._unfinished import Unfinished
 
 LAYERS = 4
 KILLS = 20
@@ -135,7 +136,7 @@ def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, mo
         patch.setattr(job.Job, "quantized", lambda self, store: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(
             KeyboardInterrupt,
-            match=f"{LAYERS} finished layers are kept in .*half.unfinished and the same command goes on",
+            match=f"goes on behind {LAYERS} finished layers, which are kept in .*half.unfinished",
         ):
             solved = layers_solved(patch)
             quantize.main(options(work, "half"))
@@ -155,7 +156,9 @@ def test_memory_that_runs_out_is_said_and_loses_nothing(work, half_done, monkeyp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "quantize_linears", no_room)
-        with pytest.raises(FpqError, match=r"not enough memory \(RESOURCE_EXHAUSTED.*7 bytes.\); .*2 finished layers"):
+        with pytest.raises(
+            FpqError, match=r"not enough memory \(RESOURCE_EXHAUSTED.*7 bytes.\); .*behind 2 finished layers"
+        ):
             quantize.main(options(work, "half"))
     solved = layers_solved(monkeypatch)
     quantize.main(options(work, "half"))
@@ -288,6 +291,8 @@ def test_two_runs_of_one_job_at_once_are_refused(work, half_done):
 
 
 def test_an_unfinished_run_is_no_model(work, half_done):
+    with pytest.raises(FpqError, match="half is not finished; start its quantize command again"):
+        load(work / "half")
     for place in (half_done, half_done / "model"):
         with pytest.raises(FpqError, match="is an unfinished run; start its quantize command again"):
             load(place)
@@ -306,11 +311,34 @@ def test_a_folder_of_that_name_with_other_things_in_it_is_left_alone(work):
     assert (work / "other.unfinished" / "thesis.tex").read_text() == "years of work"
 
 
-def test_progress_whose_model_is_in_its_place_already_is_removed(work):
-    shutil.copytree(work / "undisturbed", work / "placed", dirs_exist_ok=True)
-    (work / "placed.unfinished" / "progress").mkdir(parents=True)
-    (work / "placed.unfinished" / "job.json").write_text("{}")
-    with pytest.raises(FpqError, match="exists and is not empty"):
-        quantize.main(options(work, "placed"))
-    assert not (work / "placed.unfinished").exists()
+def test_a_run_killed_when_its_model_was_in_its_place_is_finished_by_the_same_command(work, half_done, capsys):
+    facts = (half_done / "job.json").read_text()
+    for changes, said in (({}, None), ({"seed": 1}, "exists and is not empty")):
+        shutil.copytree(work / "undisturbed", work / "placed", dirs_exist_ok=True)
+        (work / "placed.unfinished" / "progress").mkdir(parents=True)
+        (work / "placed.unfinished" / "job.json").write_text(facts)
+        given = options(work, "placed", report=work / "placed.json", **changes)
+        if said is None:
+            quantize.main(given)
+            assert "was finished already" in capsys.readouterr().out
+            assert json.loads((work / "placed.json").read_text())["layers"]
+        else:
+            with pytest.raises(FpqError, match=said):
+                quantize.main(given)
+        assert not (work / "placed.unfinished").exists()
     assert isinstance(params_of(load(work / "placed"))["layers.0.mlp.up_proj.kernel"], QTensor)
+
+
+def test_before_anything_is_finished_other_options_may_be_used(work, tmp_path):
+    """What a refusal advises can be done; an output that is a link to an empty folder."""
+    import fpq_jax._job as job
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FpqError, match="too little"):
+        patch.setattr(job.Job, "check_estimate", lambda *a: (_ for _ in ()).throw(FpqError("too little")))
+        quantize.main(options(work, "x", output=tmp_path / "link", num_samples=10))
+    assert (tmp_path / "folder.unfinished" / "job.json").is_file()
+    quantize.main(options(work, "x", output=tmp_path / "link"))
+    (tmp_path / "folder").rename(work / "linked")
+    assert_same_bits(work, "linked")
