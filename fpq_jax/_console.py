@@ -1,5 +1,6 @@
 """What a person sees while a command runs: progress on a terminal, plain lines elsewhere; errors in one sentence."""
 
+import errno
 import logging
 import os
 import sys
@@ -62,7 +63,8 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
     except OSError as error:
         if error.errno is None:
             raise
-        _fail(f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}.")
+        full = "; make room there and start the same command again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}{full}.")
 
 
 def _main(main: Callable[[Options], None], parsed: Options) -> None:

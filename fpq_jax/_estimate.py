@@ -69,9 +69,8 @@ class Estimate:
         ``place``: where the result will be; ``smallest``: the estimate with batches of ``smallest_batch`` tokens.
         """
         if not self._fits_device:
-            remedy = (
-                f"--batch-tokens {smallest_batch} would fit" if smallest()._fits_device else "use a shorter --seq-len"
-            )
+            fewer = f"--batch-tokens {smallest_batch} would fit"
+            remedy = fewer if smallest()._fits_device else "one layer of this model needs a device with more memory"
             raise FpqError(
                 f"A layer takes about {size_text(self.device)} of a device's memory and "
                 f"{size_text(self.free_device or 0)} are free; {remedy}."

@@ -19,8 +19,12 @@ class Options:
     ("error", "status", "said"),
     [
         (FpqError("The thing is wrong; do the other thing."), 2, "error: The thing is wrong; do the other thing.\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "error: No space left on device: out/x.\n"),
-        (KeyboardInterrupt(), 130, "Interrupted; nothing unfinished was written.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/x"),
+            2,
+            "error: No space left on device: out/x; make room there and start the same command again.\n",
+        ),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
     ],
 )
 def test_errors_are_one_sentence_and_a_status(monkeypatch, capsys, error, status, said):

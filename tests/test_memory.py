@@ -38,6 +38,13 @@ def write_random_model(folder: Path, layers: int, hidden: int, inner: int) -> in
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def write_recipe(folder: Path) -> Path:
+    """GPTQ for one Linear of each layer, for the time it takes."""
+    recipe = folder / "r.yaml"
+    recipe.write_text("{method: round, weight: {constraint: m2}, rules: [{match: '*.o_proj', method: gptq}]}")
+    return recipe
+
+
 def run(line: list, limit: int | None = None) -> subprocess.CompletedProcess:
     """A fresh process whose data may be no more than ``limit`` bytes."""
     limited = [] if limit is None else ["sh", "-c", 'ulimit -d "$0" && exec "$@"', limit // 1024]
@@ -58,9 +65,10 @@ def test_peak_memory_is_flat_in_the_number_of_layers_and_as_estimated(tmp_path, 
     peaks, sizes = {}, {}
     for layers in (4, 16, 48):
         sizes[layers] = write_random_model(tmp_path / f"m{layers}", layers, 384, 1024)
-    quantize(tmp_path / "m4", text_file, tmp_path / "warm")  # compiles, which takes memory of its own
+    recipe = write_recipe(tmp_path)
+    quantize(tmp_path / "m4", text_file, tmp_path / "warm", "--recipe", recipe)  # compiles, which takes memory too
     for layers in sizes:
-        report, printed = quantize(tmp_path / f"m{layers}", text_file, tmp_path / f"out{layers}")
+        report, printed = quantize(tmp_path / f"m{layers}", text_file, tmp_path / f"out{layers}", "--recipe", recipe)
         peaks[layers] = report["peak_memory_bytes"]
         needed = printed.partition("Needs about ")[2].split()
         estimated = float(needed[0]) * {"MiB": 2**20, "GiB": 2**30}[needed[1]]
@@ -75,8 +83,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path, text_file):
     limit = 1600 * MB
     size = write_random_model(tmp_path / "large", 32, 1024, 2816)
     assert size > limit
-    recipe = tmp_path / "r.yaml"  # GPTQ for one Linear of each layer, for the time it takes
-    recipe.write_text("{method: round, weight: {constraint: m2}, rules: [{match: '*.o_proj', method: gptq}]}")
+    recipe = write_recipe(tmp_path)
     report, _ = quantize(tmp_path / "large", text_file, tmp_path / "out", "--recipe", recipe, limit=limit)
     assert report["peak_memory_bytes"] < size and len(report["layers"]) == 32 * 7
     assert sum(row["error"] < row["rounding_error"] for row in report["layers"]) == 32

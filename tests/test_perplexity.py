@@ -47,7 +47,7 @@ def test_a_model_that_overflows_is_said():
 
 def test_batches_are_equal_and_the_filling_is_counted():
     windows = np.arange(30).reshape(15, 2)
-    cut = Batches.of(windows, make_mesh(), 4)
+    cut = Batches.of(windows, make_mesh(), 2)
     assert [real.sum() for real in cut.real] == [2] * 7 + [1] and {b.shape for b in cut.tokens} == {(2, 2)}
     np.testing.assert_array_equal(
         np.concatenate([b[real] for b, real in zip(cut.tokens, cut.real, strict=True)]), windows
