@@ -135,7 +135,7 @@ def save(directory: str | Path, model: Any) -> None:
     config = to_hf_config(model)
     with new_directory(Path(directory)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_params(folder, type(model), params_of(model))
+        write_params(folder, model)
 
 
 def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None) -> Any:
@@ -230,11 +230,11 @@ def sidecars(folder: Path) -> list[Path]:
     return sorted({f for pattern in _SIDECARS for f in folder.glob(pattern) if f.is_file()})
 
 
-def write_params(folder: Path, model_class: Any, params: Flat) -> None:
+def write_params(folder: Path, model: Any) -> None:
     """Write params/ and fpq.json."""
-    parts: dict[str, Flat] = {}
-    for path, leaf in params.items():
-        parts.setdefault(part_of(model_class, path), {})[path] = leaf
+    parts: dict[str, Flat] = {name: {} for name in part_names(model.config)}  # one may have no parameters
+    for path, leaf in params_of(model).items():
+        parts[part_of(type(model), path)][path] = leaf
     writer = PartsWriter(folder)
     try:
         entries = {name: writer.write(name, part) for name, part in parts.items()}

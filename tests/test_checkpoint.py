@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import OPT_CONFIG, random_tensors, write_checkpoint
 from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, QuantSpec, load, lorc, quantize_array, save
@@ -197,3 +198,11 @@ def test_a_cached_model_is_found_without_a_network(tmp_path, monkeypatch, cached
     assert resolve_model("someone/model") == snapshot
     with pytest.raises(FpqError, match="no such model could be fetched"):
         resolve_model("someone/other")
+
+
+def test_a_model_with_nothing_behind_its_layers_is_saved_and_loaded(tmp_path):
+    config = {**OPT_CONFIG, "_remove_final_layer_norm": True}
+    model = load(write_checkpoint(tmp_path / "m", config, random_tensors(config)))
+    save(tmp_path / "out", model)
+    tokens = jnp.arange(20)[None]
+    np.testing.assert_array_equal(load(tmp_path / "out")(tokens), model(tokens))
