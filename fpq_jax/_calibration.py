@@ -58,7 +58,9 @@ def calibrate(layer: Any, activations: Activations, hidden: list[np.ndarray], ba
             if kind == "static" and fmt is not None:
                 low, high = (pick([r[path][i] for r in ranges]) for i, pick in ((0, min), (1, max)))
                 fixed[path] = replicate(range_scale(jnp.asarray(low)[None], jnp.asarray(high)[None], fmt), mesh)
-    sums = _no_sums(graph, activations, mesh, state, hidden[0].shape, hidden[0].dtype, fixed)
+    shapes = _shapes(graph, activations, state, hidden[0], fixed)
+    on = NamedSharding(mesh, BATCH)  # a matrix on each device
+    sums = {paths: jnp.zeros((mesh.size, *one.shape), one.dtype, device=on) for paths, one in shapes.items()}
     for rows, real in zip(on_devices(hidden, mesh), batches.real, strict=True):
         # waited for, or all batches would be on the devices at once
         sums = jax.block_until_ready(_accumulate(graph, activations, mesh, state, rows, put(real, mesh), fixed, sums))
@@ -75,24 +77,19 @@ def abstract_accumulate(
     rows = abstract(skeleton.hidden(tokens), mesh, BATCH)
     graph, state = nnx.split(layer)
     state = abstract(state, mesh, P())
-    shapes = jax.eval_shape(
-        partial(_hessians, graph, activations), state, rows, jax.ShapeDtypeStruct(tokens[:1], bool), {}
-    )
+    shapes = _shapes(graph, activations, state, rows, {})
     sums = {paths: jax.ShapeDtypeStruct((mesh.size, *one.shape), one.dtype) for paths, one in shapes.items()}
     real = abstract(jax.ShapeDtypeStruct(tokens[:1], bool), mesh, BATCH)
     program = _accumulate.lower(graph, activations, mesh, state, rows, real, {}, abstract(sums, mesh, BATCH))
     return program, list(shapes), sum(one.size * one.dtype.itemsize for one in shapes.values())
 
 
-def _no_sums(
-    graph: Any, activations: Activations, mesh: Mesh, state: Any, shape: Any, dtype: Any, fixed: dict[str, Scale]
-) -> dict[Together, Array]:
-    """Zeros for ``_accumulate`` to add to, a matrix on each device."""
-    rows = jax.ShapeDtypeStruct(shape, dtype)
-    real = jax.ShapeDtypeStruct(shape[:1], bool)
-    shapes = jax.eval_shape(partial(_hessians, graph, activations), state, rows, real, fixed)
-    on = NamedSharding(mesh, BATCH)
-    return {paths: jnp.zeros((mesh.size, *one.shape), one.dtype, device=on) for paths, one in shapes.items()}
+def _shapes(
+    graph: Any, activations: Activations, state: Any, rows: Any, fixed: dict[str, Scale]
+) -> dict[Together, jax.ShapeDtypeStruct]:
+    """Of the Hessians that a batch, or what has its shape, gives."""
+    real = jax.ShapeDtypeStruct(rows.shape[:1], bool)
+    return jax.eval_shape(partial(_hessians, graph, activations), state, rows, real, fixed)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)

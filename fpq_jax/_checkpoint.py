@@ -34,7 +34,7 @@ from fpq_jax._tree import Flat
 from fpq_jax._unfinished import is_unfinished, unfinished_folder
 from fpq_jax.models import (
     HfCheckpoint,
-    abstract_model,
+    build_model,
     check_division,
     model_class_of,
     on_mesh,
@@ -46,7 +46,6 @@ from fpq_jax.models import (
     read_config,
     shardings,
     to_hf_config,
-    with_params,
 )
 
 VERSION = 2
@@ -90,7 +89,7 @@ def is_quantized_dir(folder: Path) -> bool:
     return (folder / _MANIFEST).is_file()
 
 
-def _one_device(path: str, part: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def _one_device(path: str, part: str) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
@@ -108,11 +107,10 @@ class QuantizedCheckpoint:
             if version != VERSION:
                 raise FpqError(f"{folder} has format version {version}; this fpq_jax reads version {VERSION}.")
             self.entries: dict[str, Entry] = {name: manifest["parts"][name] for name in part_names(self.model_config)}
-            abstract = [abstract_part(entry) for entry in self.entries.values()]
+            parts = [abstract_part(entry) for entry in self.entries.values()]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise FpqError(f"{folder / _MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
-        self.abstract: Flat = {path: leaf for part in abstract for path, leaf in part.items()}
-        plain = [str(leaf.dtype) for leaf in self.abstract.values() if not isinstance(leaf, QTensor)]
+        plain = [str(leaf.dtype) for part in parts for leaf in part.values() if not isinstance(leaf, QTensor)]
         self.dtype = jnp.dtype(max(set(plain), key=plain.count))
 
     def read_part(self, name: str, dtype: Any = None, sharding: Sharding = _one_device) -> Flat:
@@ -161,7 +159,7 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
     for name in part_names(checkpoint.model_config):
         # on the devices part by part: the host holds one layer at a time
         params |= _read_onto(checkpoint, name, dtype, mesh)
-    model = with_params(abstract_model(checkpoint.model_class, checkpoint.model_config), params)
+    model = build_model(checkpoint.model_class, checkpoint.model_config, params)
     model = model if mesh is None else on_mesh(model, mesh)
     del params  # so that what preparing replaces is freed
     return model if expand is None else prepare_in_place(model, expand)
@@ -178,7 +176,7 @@ def _read_onto(checkpoint: QuantizedCheckpoint | HfCheckpoint, name: str, dtype:
     place = partial(shardings, checkpoint.model_class, checkpoint.model_config, mesh=mesh)
     if isinstance(checkpoint, QuantizedCheckpoint):
         where = {path: arrays_of(leaf) for path, leaf in place(abstract_part(checkpoint.entries[name])).items()}
-        return checkpoint.read_part(name, dtype, lambda path, part, shape: where[path][part])
+        return checkpoint.read_part(name, dtype, lambda path, part: where[path][part])
     params = checkpoint.read_part(name, dtype)
     return jax.tree.map(_distributed, params, place(params))
 
@@ -247,8 +245,3 @@ def write_params(folder: Path, model: Any) -> None:
 def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
     """Write fpq.json, which makes the folder a model."""
     write_json(folder / _MANIFEST, {"version": VERSION, "parts": entries})
-
-
-def stored_bytes(params: Flat) -> int:
-    """Bytes of all arrays, or of what shapes stand for."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

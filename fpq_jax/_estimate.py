@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fpq_jax._calibration import abstract_accumulate
@@ -22,7 +21,7 @@ from fpq_jax._qtensor import quantize_array
 from fpq_jax._recipe import LinearRecipe
 from fpq_jax._report import size_text
 from fpq_jax._solve import abstract_solve, solved_together
-from fpq_jax._tree import Flat
+from fpq_jax._tree import Flat, stored_bytes
 from fpq_jax.models import params_of
 
 _PROGRAMS = 320 * 2**20  # measured: what compiling the other programs and the libraries not yet in use take
@@ -135,12 +134,12 @@ def estimate(
     device = max(device, _program_bytes(abstract_losses(skeleton, outer, (eval_size, length), mesh)))
 
     per_window = length * config.hidden_size * skeleton.dtype.itemsize
-    layer_bytes, outer_bytes = _bytes(layer), _bytes(outer)
-    embedding = sum(_bytes({p: leaf}) for p, leaf in outer.items() if p.startswith(skeleton.model_class.EMBEDDING))
+    layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)
+    embedding = sum(stored_bytes(leaf) for p, leaf in outer.items() if p.startswith(skeleton.model_class.EMBEDDING))
     quantized = [_quantized_bytes(layer, chosen) for chosen in by_layer]
     processes = jax.process_count()
     # this layer and the next one, and, of one tensor, its copies as it is read
-    largest = max(_bytes({p: leaf}) for p, leaf in (layer | outer).items())
+    largest = max(stored_bytes(leaf) for leaf in (layer | outer).values())
     host = 2 * layer_bytes + 3 * largest + max(quantized) + max(embedding, outer_bytes - embedding)
     host += max(count, evaluated) * per_window // processes
     free_device = free_device_memory()
@@ -183,7 +182,7 @@ def _quantized_bytes(layer: Flat, chosen: dict[str, LinearRecipe]) -> int:
     total = 0
     for path, leaf in layer.items():
         recipe = chosen.get(path)
-        total += _bytes({path: leaf if recipe is None else jax.eval_shape(partial(_quantized, recipe=recipe), leaf)})
+        total += stored_bytes(leaf if recipe is None else jax.eval_shape(partial(_quantized, recipe=recipe), leaf))
     return total
 
 
@@ -193,7 +192,3 @@ def _quantized(w: Any, recipe: LinearRecipe) -> Any:
         return q
     assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
     return lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype)
-
-
-def _bytes(params: Flat) -> int:
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -24,7 +23,7 @@ from fpq_jax._layerwise import (
 )
 from fpq_jax._mesh import sum_over_processes
 from fpq_jax._perplexity import Perplexity, of_losses
-from fpq_jax._tree import Flat, below
+from fpq_jax._tree import Flat, below, stored_bytes
 from fpq_jax.models import EMBEDDING, HEAD, params_of, part_names, prepare_in_place, with_params
 
 Reader = Callable[[str], Flat]  # the parameters of a part, by path
@@ -86,7 +85,7 @@ def _losses_of(
     _, *layers, _ = part_names(skeleton.config)
     outer = replicate(read(EMBEDDING), mesh)
     hidden = embed(skeleton, outer, batches)
-    weight_bytes = _bytes(outer)
+    weight_bytes = stored_bytes(outer)
     if not skeleton.config.tie_word_embeddings:
         outer = {}
     reading = ahead(read, layers) if read_ahead else map(read, layers)
@@ -95,19 +94,15 @@ def _losses_of(
         own = {f"layers.0.{path}": leaf for path, leaf in params.items()}
         layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
         del params, own
-        weight_bytes += _bytes(params_of(layer))
+        weight_bytes += stored_bytes(params_of(layer))
         forward(layer, hidden, mesh, cache)
         del layer
         advance()
     head = replicate(read(HEAD), mesh)
-    weight_bytes += _bytes(head)
+    weight_bytes += stored_bytes(head)
     sums = np.zeros(batches.count)
     for found, real, index in zip(
         token_losses(skeleton, outer | head, hidden, batches), batches.real, batches.index, strict=True
     ):
         sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
     return sum_over_processes(sums), weight_bytes
-
-
-def _bytes(params: Flat) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fpq_jax._atomic import files_digest
-from fpq_jax._checkpoint import is_quantized_dir, resolve_model, sidecars, stored_bytes
+from fpq_jax._checkpoint import is_quantized_dir, resolve_model, sidecars
 from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import FpqError, check_at_least
@@ -43,6 +43,7 @@ from fpq_jax._text import (
     tail_name,
     window_length,
 )
+from fpq_jax._tree import stored_bytes
 from fpq_jax._unfinished import Unfinished
 from fpq_jax.models import HfCheckpoint, open_checkpoint, part_names
 

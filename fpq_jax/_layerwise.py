@@ -135,9 +135,9 @@ def _sum(parts: Array, sharding: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(jnp.sum(parts, axis=0, dtype=parts.dtype), sharding)
 
 
-def everywhere(mesh: Mesh) -> Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]:
+def everywhere(mesh: Mesh) -> Callable[[str, str], jax.sharding.Sharding]:
     """Every array on every device, as ``read_part`` asks for it."""
-    return lambda path, part, shape: NamedSharding(mesh, P())
+    return lambda path, part: NamedSharding(mesh, P())
 
 
 class Skeleton(NamedTuple):
@@ -192,8 +192,10 @@ class CacheShape(NamedTuple):
 
 
 def embed(skeleton: Skeleton, params: Flat, batches: Batches) -> list[np.ndarray]:
-    """The first layer's input for each batch, on the host. ``params``: what embedding needs, by path."""
-    params = replicate(params, batches.mesh)
+    """The first layer's input for each batch, on the host.
+
+    ``params``: what embedding needs, by path, on every device.
+    """
     mesh = batches.mesh
     return [fetch(_embed(skeleton, mesh, params, tokens)) for tokens in on_devices(batches.tokens, mesh)]
 

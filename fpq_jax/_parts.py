@@ -23,7 +23,7 @@ from fpq_jax._tree import Flat
 PARAMS = "params"
 _REMEDY = "see to it, for instance make room there, and start the same command again"
 Entry = dict[str, Any]  # {"quantized": {path: facts}, "arrays": {path: {part: {"shape", "dtype"}}}}
-Sharding = Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]  # of a path's array of a part and shape
+Sharding = Callable[[str, str], jax.sharding.Sharding]  # of an array, by its path and its name in the leaf
 
 
 class PartsWriter:
@@ -38,10 +38,7 @@ class PartsWriter:
     def write(self, name: str, params: Flat) -> Entry:
         """Begin to write a part; the entry that describes it."""
         arrays = {path: arrays_of(leaf) for path, leaf in params.items()}
-        with _said(
-            f"{name} cannot be written to {self._folder}",
-            _REMEDY,
-        ):
+        with _said(f"{name} cannot be written to {self._folder}", _REMEDY):
             self._checkpointer.wait_until_finished()
             if arrays:
                 self._checkpointer.save(self._folder / name, jax.tree.map(jnp.asarray, arrays))
@@ -51,10 +48,7 @@ class PartsWriter:
 
     def wait(self) -> None:
         """Until everything is on the disk."""
-        with _said(
-            f"{self._folder} cannot be written",
-            _REMEDY,
-        ):
+        with _said(f"{self._folder} cannot be written", _REMEDY):
             self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
@@ -71,9 +65,7 @@ def read_part(folder: Path, name: str, entry: Entry, sharding: Sharding) -> Flat
     try:
         target = {
             path: {
-                part: jax.ShapeDtypeStruct(
-                    tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding(path, part, tuple(a["shape"]))
-                )
+                part: jax.ShapeDtypeStruct(tuple(a["shape"]), jnp.dtype(a["dtype"]), sharding=sharding(path, part))
                 for part, a in parts.items()
             }
             for path, parts in entry["arrays"].items()

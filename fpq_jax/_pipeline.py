@@ -90,10 +90,10 @@ def quantize_checkpoint(
 
     todo = [name for name in part_names(config) if name not in finished]
     reading = ahead(read, [name for name in todo if name != EMBEDDING])
-    params = read(EMBEDDING)[0]  # needed to begin with, even where it is finished
+    params = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
     hidden = embed(skeleton, params, batches)
     if EMBEDDING in todo:
-        yield Part(EMBEDDING, replicate(params, mesh))
+        yield Part(EMBEDDING, params)
     del params
     for i in range(config.num_hidden_layers):
         name, seconds = f"layers.{i}", _Stages()

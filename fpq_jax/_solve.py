@@ -159,7 +159,7 @@ def _result(
 ) -> LinearResult:
     total = float(solved.total.sum(dtype=np.float64))
     share = lambda part: float(part.sum(dtype=np.float64)) / total if total > 0 else 0.0
-    unseen = recipe.method == "gptq" and not total > 0 and float(solved.stats.damping) == 0
+    unseen = recipe.method == "gptq" and float(solved.stats.damping) == 0  # it did not run
     rounding_error = share(solved.rounding)
     damping, notes = None, []
     if unseen:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 Flat = dict[str, Any]
 
 
@@ -32,3 +34,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[Any, Any]:
 def below(flat: Mapping[str, Any], prefix: str) -> Flat:
     """The entries whose path begins with ``prefix``, which is cut off."""
     return {path[len(prefix) :]: value for path, value in flat.items() if path.startswith(prefix)}
+
+
+def stored_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or of what shapes stand for."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

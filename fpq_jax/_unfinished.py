@@ -20,15 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-
 from fpq_jax._atomic import folder_digests, json_digest, read_sealed, write_sealed
 from fpq_jax._errors import FpqError
 from fpq_jax._machine import free_disk
 from fpq_jax._mesh import barrier, from_first, is_first
 from fpq_jax._parts import PARAMS, Entry, PartsWriter, Sharding, abstract_part, read_part
 from fpq_jax._report import size_text
-from fpq_jax._tree import Flat
+from fpq_jax._tree import Flat, stored_bytes
 
 _LOCK, _JOB, _PROGRESS, _MODEL, _PROGRAMS = "fpq.lock", "job.json", "progress", "model", "programs"
 SUFFIX = ".unfinished"
@@ -176,7 +174,7 @@ class Unfinished:
         """Write a part in the background; results and seconds by stage are plain data that goes into its record."""
         self.wait()
         began = time.perf_counter()
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) + _METADATA
+        size = stored_bytes(params) + _METADATA
         if (free := free_disk(self.model)) < size:
             raise FpqError(
                 f"{self.folder} has {size_text(free)} left and {name} takes {size_text(size)}; "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpq_jax._checkpoint import load, resolve_model, stored_bytes
+from fpq_jax._checkpoint import load, resolve_model
 from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import Generator, KvCache, Sampling
@@ -13,6 +13,7 @@ from fpq_jax._mesh import parse_mesh
 from fpq_jax._report import size_text
 from fpq_jax._residency import Residency
 from fpq_jax._text import load_tokenizer
+from fpq_jax._tree import stored_bytes
 from fpq_jax.models import params_of
 
 

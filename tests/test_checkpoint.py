@@ -12,7 +12,8 @@ from conftest import OPT_CONFIG, random_tensors, write_checkpoint
 from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, QuantSpec, load, lorc, quantize_array, save
-from fpq_jax._checkpoint import check_output, new_directory, resolve_model, stored_bytes
+from fpq_jax._checkpoint import check_output, new_directory, resolve_model
+from fpq_jax._tree import stored_bytes
 
 SPECS = {
     "m2": QuantSpec(group_size=32, constraint="m2"),

@@ -100,7 +100,14 @@ def assert_as_one_device(work: Path, output: str, out: str) -> None:
             codes = lambda q: np.asarray(unpack(q.codes, q.shape[0]) if q.spec.format.packed else q.codes)
             a, b = codes(leaf), codes(got[path])
             same, total = same + (a == b).sum(), total + a.size
+            if leaf.low_rank is not None:  # the corrections are there, and the same ones
+                a, b = (np.asarray(q.low_rank.product()) for q in (leaf, got[path]))
+                assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a) > 0, path
     assert same >= 0.999 * total, same / total
+    rows = [json.loads((work / name / "report.json").read_text())["layers"] for name in ("one", output)]
+    for row, other in zip(*rows, strict=True):
+        assert row["name"] == other["name"] and row["error"] < row["rounding_error"]
+        assert other["error"] == pytest.approx(row["error"], rel=0.02)
     for read in (lambda name: work / name / "report.json", lambda name: work / f"{name}.json"):
         rows = [json.loads(read(name).read_text())["perplexity"] for name in ("one", output)]
         for spec, row in rows[0].items():
