@@ -27,12 +27,14 @@ from fpq_jax._atomic import write_json
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
 from fpq_jax._layerwise import arithmetic_dtype
-from fpq_jax._parts import Entry, PartsWriter, Sharding, abstract_part, arrays_of, read_part
+from fpq_jax._parts import MANIFEST, VERSION, Entry, PartsWriter, Sharding, abstract_part, arrays_of, read_part
 from fpq_jax._qtensor import QTensor
 from fpq_jax._residency import Residency, check_residency
 from fpq_jax._tree import Flat
+from fpq_jax._tree_checkpoint import is_tree_dir, read_tree, write_tree
 from fpq_jax._unfinished import is_unfinished, unfinished_folder
 from fpq_jax.models import (
+    Decoder,
     HfCheckpoint,
     build_model,
     check_division,
@@ -48,8 +50,6 @@ from fpq_jax.models import (
     to_hf_config,
 )
 
-VERSION = 2
-_MANIFEST = "fpq.json"
 _SIDECARS = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template.jinja")
 _HUB_FILES = ["*.json", "tokenizer.model", "*.txt"]
 
@@ -86,7 +86,7 @@ def resolve_model(model: str | Path | None) -> Path:
 
 def is_quantized_dir(folder: Path) -> bool:
     """Whether quantize (or ``save``) wrote this directory."""
-    return (folder / _MANIFEST).is_file()
+    return (folder / MANIFEST).is_file()
 
 
 def _one_device(path: str, part: str) -> jax.sharding.Sharding:
@@ -97,19 +97,23 @@ class QuantizedCheckpoint:
     """A directory that quantize (or ``save``) wrote, to be read part by part. FpqError if it is damaged."""
 
     def __init__(self, folder: Path):
+        if is_tree_dir(folder):
+            raise FpqError(
+                f"{folder} holds a tree of another model; load it in Python, with fpq_jax.load(folder, like=...)."
+            )
         self.folder = folder
         self.config = read_config(folder)
         self.model_class = model_class_of(self.config)
         self.model_config = self.model_class.Config.from_hf(self.config)
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             version = manifest["version"]
             if version != VERSION:
                 raise FpqError(f"{folder} has format version {version}; this fpq_jax reads version {VERSION}.")
             self.entries: dict[str, Entry] = {name: manifest["parts"][name] for name in part_names(self.model_config)}
             parts = [abstract_part(entry) for entry in self.entries.values()]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise FpqError(f"{folder / _MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+            raise FpqError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
         plain = [str(leaf.dtype) for part in parts for leaf in part.values() if not isinstance(leaf, QTensor)]
         self.dtype = jnp.dtype(max(set(plain), key=plain.count))
 
@@ -127,7 +131,14 @@ def open_model(folder: Path) -> QuantizedCheckpoint | HfCheckpoint:
 
 
 def save(directory: str | Path, model: Any) -> None:
-    """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything."""
+    """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything.
+
+    ``model``: one of our models, or any tree of arrays and QTensors.
+    """
+    if not isinstance(model, Decoder):
+        with new_directory(Path(directory)) as folder:
+            write_tree(folder, model)
+        return
     if model.prepared:
         raise FpqError("A model that was prepared to be run cannot be saved; load it without expand, and save that.")
     config = to_hf_config(model)
@@ -136,7 +147,14 @@ def save(directory: str | Path, model: Any) -> None:
         write_params(folder, model)
 
 
-def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None = None, mesh: Mesh | None = None) -> Any:
+def load(
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    expand: Residency | None = None,
+    mesh: Mesh | None = None,
+    like: Any = None,
+) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
     ``dtype`` is what the unquantized parameters are held in, by default as stored (float32 for float16 to be run on a
@@ -145,10 +163,17 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
     leaves them packed, half the memory, and expands them in each product. None leaves everything as stored, for
     ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
     device reads its own part. Raises FpqError.
+
+    For any other tree that ``save`` wrote: ``like`` is the tree before or after it was quantized, of arrays or
+    shapes, or a function that makes it, and says the structure, and with its shardings where each array goes; no other
+    option applies (see ``expand_params``).
     """
     if expand is not None:
         check_residency(expand)
-    checkpoint = open_model(resolve_model(directory))
+    folder = resolve_model(directory)
+    if like is not None or is_tree_dir(folder):
+        return _load_tree(folder, like, dtype=dtype, expand=expand, mesh=mesh)
+    checkpoint = open_model(folder)
     if mesh is not None:
         check_division(checkpoint.model_class, checkpoint.model_config, mesh)
     if expand is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:
@@ -163,6 +188,18 @@ def load(directory: str | Path, *, dtype: Any = None, expand: Residency | None =
     model = model if mesh is None else on_mesh(model, mesh)
     del params  # so that what preparing replaces is freed
     return model if expand is None else prepare_in_place(model, expand)
+
+
+def _load_tree(folder: Path, like: Any, **options: Any) -> Any:
+    if not is_tree_dir(folder):
+        raise FpqError(f"{folder} is a model of fpq_jax's own and no other tree; load it without like.")
+    if like is None:
+        raise FpqError(
+            f"{folder} holds a tree; say its structure: load(directory, like=params or a function that makes it)."
+        )
+    if given := [name for name, value in options.items() if value is not None]:
+        raise FpqError(f"{folder} holds a tree, to which {given[0]} does not apply; load it with like alone.")
+    return read_tree(folder, like)
 
 
 def _distributed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -244,4 +281,4 @@ def write_params(folder: Path, model: Any) -> None:
 
 def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
     """Write fpq.json, which makes the folder a model."""
-    write_json(folder / _MANIFEST, {"version": VERSION, "parts": entries})
+    write_json(folder / MANIFEST, {"version": VERSION, "parts": entries})

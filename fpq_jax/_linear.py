@@ -10,7 +10,8 @@
 - "dequantized", free scales of several groups: the weight, rounded to bfloat16, and the activation's codes in it;
 - "weight_only", activations left alone: the dequantized weight in the activation's dtype.
 
-Scales come behind the product, then LoRC in bfloat16, then the bias. Levels less their zero points are exact in
+Scales come behind the product, then LoRC in bfloat16, then the bias. Gradients flow to the input, straight through its
+rounding, to LoRC's factors and to the bias, not to codes and scales. Levels less their zero points are exact in
 bfloat16 but do not fit int8: with int8 codes c and m that lack a and b, the product is
 sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 """
@@ -18,10 +19,12 @@ sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
@@ -85,9 +88,19 @@ def linear(
     return linears(x, [(kernel, bias)])[0]
 
 
-def linears(x: Float[Array, "*batch in"], weights: Sequence[tuple[Any, Any]]) -> list[Array]:
-    """``linear`` of one input with several (kernel, bias): the input is quantized once for all that take it alike."""
-    shared: dict[Any, QuantizedTokens] = {}
+def linears(
+    x: Float[Array, "*batch in"],
+    weights: Sequence[tuple[Any, Any]],
+    *,
+    dtype: Any = None,
+    shared: dict[Any, QuantizedTokens] | None = None,
+) -> list[Array]:
+    """``linear`` of one input with several (kernel, bias): the input is quantized once for all that take it alike.
+
+    ``dtype`` of what quantized kernels give, by default that of ``x``. ``shared`` keeps the quantized input for
+    further calls with the same ``x``.
+    """
+    shared = {} if shared is None else shared
     results = []
     for kernel, bias in weights:
         if not isinstance(kernel, QTensor):
@@ -98,8 +111,10 @@ def linears(x: Float[Array, "*batch in"], weights: Sequence[tuple[Any, Any]]) ->
         if kernel.spec.activation is not None:
             # static scales are each kernel's own
             how = (kernel.spec.activation, None if kernel.input_scale is None else id(kernel))
-            tokens = shared[how] = shared[how] if how in shared else tokens_for(x, kernel)
-        results.append(_quantized_linear(x, tokens, kernel, bias))
+            if how not in shared:
+                shared[how] = _tokens(x, kernel)
+            tokens = shared[how]
+        results.append(_quantized_linear(x, tokens, kernel, bias, dtype=dtype))
     return results
 
 
@@ -123,12 +138,20 @@ def _divided_linear(x: Float[Array, "*batch in"], divided: Divided) -> Float[Arr
 
     def part(x, q):
         q = replace(q, shape=(x.shape[-1], q.shape[1]))
-        return jax.lax.psum(_quantized_linear(x, tokens_for(x, q, axis=MODEL), q, None, axis=MODEL), MODEL)
+        tokens = tokens_for(jax.lax.stop_gradient(x), q, axis=MODEL)
+        return jax.lax.psum(_quantized_linear(x, tokens, q, None, axis=MODEL), MODEL)
 
     specs = P(*(None,) * (x.ndim - 1), MODEL), replace(whole, codes=P(None, MODEL), low_rank=low_rank)
     return over_model(part, divided.mesh, specs, P())(x, q)
 
 
+@partial(jax.jit, inline=True)
+def _tokens(x: Float[Array, "*batch in"], q: QTensor) -> QuantizedTokens:
+    return tokens_for(jax.lax.stop_gradient(x), q)
+
+
+# jitted so that what many layers do alike is traced once
+@partial(jax.jit, static_argnames=("axis", "dtype"), inline=True)
 def _quantized_linear(
     x: Float[Array, "*batch in"],
     tokens: QuantizedTokens | None,
@@ -136,18 +159,36 @@ def _quantized_linear(
     bias: Array | None,
     *,
     axis: str | None = None,
+    dtype: Any = None,
 ) -> Float[Array, "*batch out"]:
     """``axis``: the results of the devices along it are to be added up."""
-    if tokens is None:
-        y = jnp.matmul(x, dequantize(q, x.dtype, low_rank=False), preferred_element_type=jnp.float32)
-    else:
-        y = _product(tokens, q)
+    y = _multiplied(x, tokens, replace(q, low_rank=None))
     if q.low_rank is not None:
         with jax.named_scope("lorc"):
             y = y + _low_rank_linear(x, q.low_rank, axis)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(x.dtype if dtype is None else dtype)
+
+
+@jax.custom_jvp
+def _multiplied(x: Float[Array, "*batch in"], tokens: QuantizedTokens | None, q: QTensor) -> Float[Array, "*batch out"]:
+    """x (quantized: ``tokens``) times the weight without LoRC, in float32. It is differentiated as x @ dequantize(q):
+    straight through the rounding of x (Bengio et al., arXiv 1308.3432), and the weight is a constant."""
+    if tokens is None:
+        return jnp.matmul(x, dequantize(q, x.dtype), preferred_element_type=jnp.float32)
+    return _product(tokens, q)
+
+
+def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    x, _, q = primals
+    y = _multiplied(*primals)
+    if isinstance(tangents[0], SymbolicZero):
+        return y, jnp.zeros_like(y)
+    return y, jnp.matmul(tangents[0], dequantize(q, x.dtype), preferred_element_type=jnp.float32)
+
+
+_multiplied.defjvp(_multiplied_jvp, symbolic_zeros=True)
 
 
 def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from fpq_jax._errors import FpqError
-from fpq_jax._qtensor import LowRank, QTensor
+from fpq_jax._qtensor import Axes, LowRank, QTensor
 from fpq_jax._spec import QuantSpec
 from fpq_jax._tree import Flat
 
 PARAMS = "params"
+MANIFEST = "fpq.json"
+VERSION = 2  # of what is written, in MANIFEST
 _REMEDY = "see to it, for instance make room there, and start the same command again"
 Entry = dict[str, Any]  # {"quantized": {path: facts}, "arrays": {path: {part: {"shape", "dtype"}}}}
 Sharding = Callable[[str, str], jax.sharding.Sharding]  # of an array, by its path and its name in the leaf
@@ -145,11 +147,18 @@ def _leaf(parts: dict[str, Any], make: Callable[..., QTensor] | None) -> Any:
 
 def _facts(q: QTensor) -> dict[str, Any]:
     """A QTensor's static facts as JSON."""
-    return {"shape": list(q.shape), **q.spec.to_dict()}
+    axes = (
+        {}
+        if q.axes is None
+        else {"axes": {"kinds": list(q.axes.kinds), "sizes": list(q.axes.sizes), "dtype": q.axes.dtype}}
+    )
+    return {"shape": list(q.shape), **axes, **q.spec.to_dict()}
 
 
 def _from_facts(facts: dict[str, Any]) -> Callable[..., QTensor]:
     facts = dict(facts)
-    shape = tuple(facts.pop("shape"))
+    shape, axes = tuple(facts.pop("shape")), facts.pop("axes", None)
+    if axes is not None:
+        axes = Axes(tuple(axes["kinds"]), tuple(axes["sizes"]), axes["dtype"])
     spec = QuantSpec(**facts)
-    return lambda **arrays: QTensor(spec=spec, shape=shape, **arrays)
+    return lambda **arrays: QTensor(spec=spec, shape=shape, axes=axes, **arrays)

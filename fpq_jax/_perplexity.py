@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
-from fpq_jax._layerwise import Batches, batch_size, losses
+from fpq_jax._layerwise import BATCH_TOKENS, Batches, batch_size, losses
 from fpq_jax._mesh import make_mesh
+from fpq_jax._tree import jit
 
 _Advance = Callable[[int], None]
 
@@ -25,23 +23,31 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-def perplexity(model: Any, windows: Int[np.ndarray, "N L"], advance: _Advance | None = None) -> Perplexity:
-    """Perplexity of ``model(tokens) -> logits`` on ``windows``; ``advance`` is told how many windows are done."""
-    graph, state = nnx.split(model)
+def perplexity(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    windows: Int[np.ndarray, "N L"],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: _Advance | None = None,
+) -> Perplexity:
+    """Perplexity of ``apply_fn(params, tokens [B, L]) -> logits [B, L, V]`` on ``windows``.
+
+    ``batch_tokens``: of a batch, at most an eighth of the windows. ``advance`` is told how many windows are done.
+    FpqError if the loss is not finite.
+    """
     mesh = make_mesh()
-    batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh))
+    batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))
     sums = np.zeros(len(windows))
+    token_losses: Callable[..., Float[Array, "B L-1"]] = jit(
+        lambda params, tokens: losses(apply_fn(params, tokens), tokens)
+    )
     for tokens, real, index in zip(batches.tokens, batches.real, batches.index, strict=True):
-        found = np.asarray(_token_losses(graph, state, jnp.asarray(tokens)))
+        found = np.asarray(token_losses(params, jnp.asarray(tokens)))
         sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
         if advance is not None:
             advance(int(real.sum()))
     return of_losses(sums, windows.shape[1])
-
-
-@partial(jax.jit, static_argnums=0)
-def _token_losses(graph: Any, state: Any, tokens: Int[Array, "B L"]) -> Float[Array, "B L-1"]:
-    return losses(nnx.merge(graph, state)(tokens), tokens)
 
 
 def of_losses(sums: np.ndarray, length: int) -> Perplexity:

@@ -4,8 +4,9 @@ Logical shape [in, out] like a Flax kernel; codes are stored [out, in], contract
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,41 @@ from fpq_jax._errors import FpqError
 from fpq_jax._formats import E4M3, decode, encode, pack, unpack
 from fpq_jax._scales import Scale, group_scale, power_of_two, row_reference
 from fpq_jax._spec import QuantSpec
+
+Kind = Literal["stack", "in", "out"]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The parameter that a QTensor stands for: what each of its axes is, and the sizes of those that are no stack.
+
+    A weight's inputs and outputs may be several axes each; over "stack" axes there is a weight of its own for each
+    index. A QTensor's arrays have its stack axes in front, as many as there are left after a scan or an index.
+    """
+
+    kinds: tuple[Kind, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, kinds: Sequence[Kind], shape: Sequence[int], dtype: DTypeLike) -> "Axes":
+        """Of a parameter of this shape and dtype."""
+        sizes = tuple(n for n, kind in zip(shape, kinds, strict=True) if kind != "stack")
+        return cls(tuple(kinds), sizes, str(jnp.dtype(dtype)))
+
+    def with_stack(self, count: int) -> "Axes":
+        """With ``count`` stack axes: leading ones are gone, or new ones are in front."""
+        kinds: list[Kind] = list(self.kinds)
+        for _ in range(self.kinds.count("stack"), count):
+            kinds.insert(0, "stack")
+        for _ in range(count, self.kinds.count("stack")):
+            kinds.remove("stack")
+        return replace(self, kinds=tuple(kinds))
+
+    def shape(self, stack: Sequence[int]) -> tuple[int, ...]:
+        """The parameter's shape; ``stack``: the sizes of its stack axes."""
+        stacks, sizes = iter(stack), iter(self.sizes)
+        return tuple(next(stacks) if kind == "stack" else next(sizes) for kind in self.kinds)
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +84,7 @@ class QTensor:
     zero: uint8, shaped like the scale: zero points of asymmetric integers, whose values are scale * (level - zero).
     input_scale, input_zero: float32 and uint8 [1]: static scale (and zero point) of the activations.
     low_rank: LoRC's correction, or None.
+    axes: of the parameter that it stands for, where that has not just the axes [in, out].
     """
 
     codes: Any
@@ -60,6 +97,12 @@ class QTensor:
     low_rank: LowRank | None = None
     spec: QuantSpec = field(kw_only=True, metadata={"static": True})
     shape: tuple[int, int] = field(kw_only=True, metadata={"static": True})
+    axes: Axes | None = field(kw_only=True, default=None, metadata={"static": True})
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Of how many weights, by axis: arrays made under vmap have such axes in front."""
+        return tuple(self.codes.shape[:-2])
 
     @property
     def ndim(self) -> int:
@@ -68,7 +111,7 @@ class QTensor:
     @property
     def size(self) -> int:
         """Number of weights, those of a stack of tensors (made under vmap) together."""
-        return math.prod(self.codes.shape[:-2]) * math.prod(self.shape)
+        return math.prod(self.stack) * math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

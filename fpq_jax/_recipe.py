@@ -13,6 +13,7 @@ import yaml
 
 from fpq_jax._errors import FpqError
 from fpq_jax._lorc import FactorDtype
+from fpq_jax._qtensor import Kind
 from fpq_jax._spec import QuantSpec
 
 DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
@@ -55,10 +56,24 @@ class LinearRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A change for the Linears whose Hugging Face name fits the shell pattern ``match``: skip them, or do otherwise."""
+    """A change for the Linears whose Hugging Face name fits the shell pattern ``match``: skip them, or do otherwise.
+
+    In a tree that is not one of our models, names are paths, and ``axes`` says what the axes are of the parameters that
+    fit: "in", "out" or "stack" each.
+    """
 
     match: str
     change: LinearRecipe | None
+    axes: tuple[Kind, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.axes is not None and not (
+            {"in", "out"} <= set(self.axes) <= set(get_args(Kind)) and self.change is not None
+        ):
+            raise FpqError(
+                f"rule {self.match!r}: axes are {' '.join(self.axes)!r}; each must be in, out or stack, with at least "
+                "one in and one out, of what is quantized."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +121,18 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: everything that defines the recipe, defaults included."""
         rules = [
-            {"match": r.match, **({"quantize": False} if r.change is None else _plain(r.change))} for r in self.rules
+            {
+                "match": r.match,
+                **({"quantize": False} if r.change is None else _plain(r.change)),
+                **({} if r.axes is None else {"axes": " ".join(r.axes)}),
+            }
+            for r in self.rules
         ]
         return {"name": self.name, **_plain(self.default), "rules": rules}
+
+    def with_rule(self, match: str, **options: Any) -> "Recipe":
+        """The same recipe with a last rule, its options as in YAML: ``recipe.with_rule("*head*", quantize=False)``."""
+        return replace(self, rules=(*self.rules, _rule({"match": match, **options}, self.default)))
 
     def with_group_size(self, group_size: int) -> "Recipe":
         """The same recipe with another weight group size for every Linear."""
@@ -131,13 +155,26 @@ class Recipe:
         names = list(names)
         chosen: dict[str, LinearRecipe | None] = dict.fromkeys(names, self.default)
         for rule in self.rules:
-            fitting = fnmatch.filter(names, rule.match)
-            if not fitting:
-                raise FpqError(f"Recipe {self.name}: no Linear fits {rule.match!r}{_near(rule.match, names)}.")
+            fitting = self.fitting(rule, names, "Linear")
+            if rule.axes is not None:
+                raise FpqError(
+                    f"Recipe {self.name}: {rule.match!r} says axes, which are for other trees; a Linear's are known."
+                )
             chosen.update(dict.fromkeys(fitting, rule.change))
         if not any(chosen.values()):
             raise FpqError(f"Recipe {self.name} leaves every Linear as it is.")
         return chosen
+
+    def fitting(self, rule: Rule, names: list[str], what: str) -> list[str]:
+        """The names that a rule fits; none is an error."""
+        fitting = fnmatch.filter(names, rule.match)
+        if not fitting:
+            raise FpqError(f"Recipe {self.name}: no {what} fits {rule.match!r}{_near(rule.match, names)}.")
+        return fitting
+
+    def about(self, names: list[str]) -> "Recipe":
+        """The recipe without the rules that fit none of the names."""
+        return replace(self, rules=tuple(rule for rule in self.rules if fnmatch.filter(names, rule.match)))
 
 
 def recipe_names() -> list[str]:
@@ -148,13 +185,17 @@ def recipe_names() -> list[str]:
 
 def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
     match, wanted = options.pop("match", None), options.pop("quantize", True)
+    axes = options.pop("axes", None)
     if not isinstance(match, str):
         raise FpqError("a rule needs match, a pattern of Linear names such as '*.down_proj'.")
+    if axes is not None and not isinstance(axes, str):
+        raise FpqError(f"rule {match!r}: axes must be words such as 'in out'.")
     if wanted is False:
-        if options:
-            raise FpqError(f"rule {match!r} says quantize: false, so {', '.join(options)} has no meaning.")
+        if options or axes:
+            raise FpqError(f"rule {match!r} says quantize: false, so {', '.join(options) or 'axes'} has no meaning.")
         return Rule(match=match, change=None)
-    return Rule(match=match, change=_linear_recipe(default, options))
+    kinds: Any = None if axes is None else tuple(axes.split())
+    return Rule(match=match, change=_linear_recipe(default, options), axes=kinds)
 
 
 def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from fpq_jax._demo import demo_topics
+from fpq_jax._demo import demo_model_path, demo_topics, is_demo
 from fpq_jax._errors import FpqError
 
 Split = Literal["calibration", "evaluation"]
@@ -97,6 +97,24 @@ def calibration_text(
         windows, tail = windows[:-size], windows[-size:]
     chosen = np.random.default_rng(seed).permutation(len(windows))[:num_samples]
     return CalibrationText(windows[chosen], tail)
+
+
+def text_windows(
+    spec: str, tokenizer: Any, length: int, *, num_samples: int | None = None, seed: int = 0
+) -> Int[np.ndarray, "N L"]:
+    """A text in windows of ``length`` tokens, int32: all of its evaluation part in order, or with ``num_samples`` so
+    many, drawn without overlap from the part to calibrate on.
+
+    ``spec``: wikitext2, ptb, c4, demo, or a file, as the commands take it. ``tokenizer``: one of transformers, or a
+    model's folder or a demo model's name. FpqError for a text that cannot be read or is too short.
+    """
+    check_spec(spec)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(demo_model_path(tokenizer) if is_demo(tokenizer) else Path(tokenizer))
+    if num_samples is None:
+        return evaluation_windows(spec, tokenizer, length=length, vocab_size=len(tokenizer))
+    options: Any = {"seed": seed, "hold_back": False, "vocab_size": len(tokenizer)}
+    return calibration_text(spec, tokenizer, num_samples=num_samples, length=length, **options).windows
 
 
 def tail_name(spec: str) -> str:

@@ -1,6 +1,7 @@
 """Parameters as flat dicts: {"layers.0.mlp.up_proj.kernel": leaf}; nested ones only where a library wants them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,3 +40,44 @@ def below(flat: Mapping[str, Any], prefix: str) -> Flat:
 def stored_bytes(tree: Any) -> int:
     """Bytes of all arrays, or of what shapes stand for."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[str, Any]], Any]:
+    """Each leaf of any pytree with its dotted path, and the tree's structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [(dotted(path), leaf) for path, leaf in leaves], structure
+
+
+def dotted(path: Any) -> str:
+    """A key path as a name: ``params.layers.0.kernel``. An NNX variable's ``value`` is left out."""
+    names = [str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a))) for key in path]
+    if len(names) > 1 and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        names.pop()
+    return ".".join(names)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit`` of a function whose arguments may have leaves that are no arrays, as Equinox's models do; such leaves
+    have to be hashable."""
+
+    @partial(jax.jit, static_argnums=1)
+    def flat(arrays: list[Any], static: tuple[Any, tuple[Any, ...]]) -> Any:
+        structure, others = static
+        values = iter(arrays)
+        leaves = [next(values) if other is _ARRAY else other for other in others]
+        return function(*jax.tree.unflatten(structure, leaves))
+
+    def call(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        others = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
+        return flat([leaf for leaf in leaves if is_array(leaf)], (structure, others))
+
+    return call
+
+
+_ARRAY = object()

@@ -19,6 +19,7 @@ from fpq_jax.models._convert import (
     with_params,
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
+from fpq_jax.models._decoder import Decoder
 from fpq_jax.models._prepare import on_mesh, prepare, prepare_in_place
 from fpq_jax.models._sharding import check_division, shardings
 from fpq_jax.models.llama import Llama, LlamaConfig
@@ -46,6 +47,7 @@ __all__ = [
     "ARCHITECTURES",
     "EMBEDDING",
     "HEAD",
+    "Decoder",
     "HfCheckpoint",
     "LayerCache",
     "Llama",

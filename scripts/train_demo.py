@@ -194,7 +194,8 @@ def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray]) ->
                 done = i + 1
                 if done % options.evaluate_every == 0 or done == options.steps:
                     model = nnx.merge(graph, state)
-                    losses = {name: math.log(perplexity(model, text).value) for name, text in valid.items()}
+                    forward = lambda model, tokens: model(tokens)
+                    losses = {name: math.log(perplexity(forward, model, text).value) for name, text in valid.items()}
                     row = {"step": done, "train": float(loss), "valid": losses, "seconds": round(time.time() - began)}
                     with (options.work_dir / "log.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")

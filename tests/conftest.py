@@ -34,6 +34,12 @@ _ARRAYS = (
     "text",
     "perplexity",
     "generation",
+    "walk",
+    "quantized",
+    "uses",
+    "hessians",
+    "transform",
+    "training",
 )
 install_import_hook([*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.models"], "beartype.beartype")
 
@@ -66,6 +72,11 @@ OPT_CONFIG = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
+
+
+def forward(model, tokens):
+    """A model as a function of its parameters."""
+    return model(tokens)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import forward
 
 from fpq_jax import load, save
 from fpq_jax._console import run_command
@@ -24,7 +25,7 @@ def test_an_unquantized_model(monkeypatch, capsys, tmp_path, tiny_llama, text_fi
         monkeypatch, "--model", tiny_llama, "--eval", text_file, "--seq-len", 20, "--max-windows", 3, "--report", report
     )
     windows = evaluation_windows(str(text_file), load_tokenizer(tiny_llama), length=20, vocab_size=300)[:3]
-    expected = perplexity(load(tiny_llama), windows)
+    expected = perplexity(forward, load(tiny_llama), windows)
     row = json.loads(report.read_text())["perplexity"][str(text_file)]
     # query, key and value are one product there, whose sums may round otherwise
     assert row == {"original": pytest.approx(expected.value, rel=1e-5), "tokens": expected.tokens}

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
+from conftest import OPT_CONFIG, TINY_CONFIG, forward, random_tensors, write_checkpoint
 from fpq_jax.models import open_checkpoint
 
 from fpq_jax import load, make_mesh
@@ -40,7 +40,7 @@ def test_as_in_memory(tmp_path, texts, name):
     found = evaluate(folder, texts)
     model = load(folder)
     for text, windows in texts.items():
-        expected = perplexity(model, windows)
+        expected = perplexity(forward, model, windows)
         assert found.values[text].value == pytest.approx(expected.value, rel=2e-5)
         assert found.values[text].tokens == expected.tokens == windows.size - len(windows)
     assert found.weight_bytes == open_checkpoint(folder).nbytes

@@ -3,6 +3,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import forward
 from flax import nnx
 
 from fpq_jax import FpqError
@@ -28,7 +29,7 @@ def test_every_token_of_a_window_but_its_first_is_predicted():
     log_probs = table - np.log(np.exp(table.astype(np.float64)).sum(axis=1, keepdims=True))
     losses = -log_probs[windows[:, :-1], windows[:, 1:]]
     done = []
-    value, tokens = perplexity(Bigram(jnp.asarray(table)), windows, done.append)
+    value, tokens = perplexity(forward, Bigram(jnp.asarray(table)), windows, advance=done.append)
     assert tokens == 37 * 599 == losses.size
     assert value == pytest.approx(math.exp(losses.mean()), rel=1e-6)
     assert sum(done) == 37 and len(done) > 1
@@ -36,13 +37,13 @@ def test_every_token_of_a_window_but_its_first_is_predicted():
 
 def test_logits_in_16_bits_are_summed_in_more():
     windows = np.zeros((64, 128), np.int32)
-    value, _ = perplexity(Bigram(jnp.zeros((7, 7), jnp.bfloat16)), windows)
+    value, _ = perplexity(forward, Bigram(jnp.zeros((7, 7), jnp.bfloat16)), windows)
     assert value == pytest.approx(7, rel=1e-6)
 
 
 def test_a_model_that_overflows_is_said():
     with pytest.raises(FpqError, match="not a finite number"):
-        perplexity(Bigram(jnp.full((3, 3), jnp.nan)), np.zeros((1, 4), np.int32))
+        perplexity(forward, Bigram(jnp.full((3, 3), jnp.nan)), np.zeros((1, 4), np.int32))
 
 
 def test_batches_are_equal_and_the_filling_is_counted():

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from conftest import TINY_CONFIG, forward, random_tensors, write_checkpoint
 from fpq_jax.models import build_model, open_checkpoint
 
 from fpq_jax import QTensor, Recipe, dequantize, gptq
@@ -129,11 +129,11 @@ def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
     options = {"length": 256, "vocab_size": checkpoint.model_config.vocab_size}
     text = calibration_text("demo", tokenizer, num_samples=32, seed=0, hold_back=True, **options)
     build = lambda params: build_model(checkpoint.model_class, checkpoint.model_config, params)
-    values = {"original": perplexity(build(checkpoint.read(jnp.float32)), text.tail[:32]).value}
+    values = {"original": perplexity(forward, build(checkpoint.read(jnp.float32)), text.tail[:32]).value}
     for method in ("gptq", "round"):
         what = Recipe.from_dict({"weight": {"constraint": "m2"}, "method": method})
         params, results = quantized(checkpoint, what, text.windows)
-        values[method] = perplexity(build(params), text.tail[:32]).value
+        values[method] = perplexity(forward, build(params), text.tail[:32]).value
         assert all((r.error < r.rounding_error) == (method == "gptq") for r in results)
     assert values["original"] < values["gptq"] < values["round"] < 1.2 * values["original"]
 
@@ -160,4 +160,5 @@ def test_dead_layers_and_zero_weights_are_finite_and_said(tmp_path, windows):
     assert sum(r.fell_back for r in results) == 4
     for leaf in jax.tree.leaves(params):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
-    assert np.isfinite(perplexity(build_model(checkpoint.model_class, checkpoint.model_config, params), windows).value)
+    model = build_model(checkpoint.model_class, checkpoint.model_config, params)
+    assert np.isfinite(perplexity(forward, model, windows).value)

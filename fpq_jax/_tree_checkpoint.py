@@ -1,0 +1,114 @@
+"""Any tree in and out: the arrays of its leaves in an Orbax checkpoint, under their paths.
+
+    params/tree   the arrays
+    fpq.json      version, "tree", each QTensor's spec, shape and axes, every array's shape and dtype
+
+Leaves that are no arrays are not written; the tree that is loaded into has them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from fpq_jax._atomic import write_json
+from fpq_jax._errors import FpqError
+from fpq_jax._parts import MANIFEST, VERSION, PartsWriter, abstract_part, arrays_of, read_part
+from fpq_jax._placing import shardings_like
+from fpq_jax._qtensor import QTensor
+from fpq_jax._quantized import axes_of, is_quantized, is_traced
+from fpq_jax._tree import Flat, named_leaves
+
+_PART = "tree"
+
+
+def write_tree(folder: Path, tree: Any) -> None:
+    """Write a tree's arrays and what they cannot say."""
+    named, _ = named_leaves(tree, is_quantized)
+    params = {path or "value": leaf for path, leaf in named if is_traced(leaf)}
+    if len(params) < sum(is_traced(leaf) for _, leaf in named):
+        raise FpqError("The tree has several leaves of one path, and cannot be saved.")
+    for path, leaf in params.items():
+        if not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise FpqError(f"{path} is a random key, which cannot be saved; save the parameters alone.")
+    if not params:
+        raise FpqError("There is nothing to save: the tree has no arrays.")
+    writer = PartsWriter(folder)
+    try:
+        entry = writer.write(_PART, params)
+        writer.wait()
+    finally:
+        writer.close()
+    write_json(folder / MANIFEST, {"version": VERSION, _PART: entry})
+
+
+def is_tree_dir(folder: Path) -> bool:
+    """Whether ``write_tree`` wrote this folder."""
+    return _PART in _manifest(folder) if (folder / MANIFEST).is_file() else False
+
+
+def read_tree(folder: Path, like: Any) -> Any:
+    """The tree that ``write_tree`` wrote, in the structure of ``like``, each array straight onto its sharding there.
+
+    ``like``: the tree before or after it was quantized, of arrays or shapes, or a function that makes it.
+    """
+    if callable(like) and jax.tree.leaves(like) == [like]:  # an Equinox module is callable too
+        like = jax.eval_shape(like)
+    manifest = _manifest(folder)
+    if manifest.get("version") != VERSION:
+        raise FpqError(f"{folder} has format version {manifest.get('version')}; this fpq_jax reads version {VERSION}.")
+    entry = manifest[_PART]
+    try:
+        stored = abstract_part(entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FpqError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    named, structure = named_leaves(like, is_quantized)
+    wanted = {path or "value": leaf for path, leaf in named if is_traced(leaf)}
+    _check(folder, stored, wanted)
+    where = {path: arrays_of(_shardings(stored[path], leaf)) for path, leaf in wanted.items()}
+    leaves = read_part(folder, _PART, entry, lambda path, part: where[path][part])
+    return jax.tree.unflatten(structure, [leaves[path or "value"] if is_traced(leaf) else leaf for path, leaf in named])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FpqError(f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}).") from error
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _check(folder: Path, stored: Flat, wanted: Flat) -> None:
+    """FpqError that names what differs between a checkpoint and the tree it is to be loaded into."""
+    problems = [f"{path} is not in it" for path in wanted if path not in stored]
+    problems += [f"it has {path}, which the tree has not" for path in stored if path not in wanted]
+    for path in wanted.keys() & stored.keys():
+        if (have := _shape(stored[path])) != (asked := _shape(wanted[path])):
+            problems.append(f"{path} has shape {have} there and {asked} in the tree")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise FpqError(f"{folder} does not fit the tree: {'; '.join(sorted(problems)[:3])}{more}.")
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return axes_of(leaf).shape(leaf.stack) if is_quantized(leaf) else tuple(leaf.shape)
+
+
+def _shardings(stored: Any, like: Any) -> Any:
+    """Where each array of a leaf goes."""
+    if isinstance(like, QTensor) and isinstance(stored, QTensor):
+        return jax.tree.map(_sharding, like)
+    sharding = _sharding(like)
+    if not isinstance(stored, QTensor):
+        return sharding
+    if isinstance(sharding, NamedSharding):
+        return shardings_like(stored, sharding)
+    return jax.tree.map(lambda _: sharding, stored)
+
+
+def _sharding(array: Any) -> jax.sharding.Sharding:
+    own = getattr(array, "sharding", None)
+    return own if own is not None else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
