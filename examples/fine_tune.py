@@ -35,10 +35,8 @@ def fine_tune(apply, params, small, windows):
 
     state = optimizer.init(trained)
     for i in range(STEPS):
-        batch = windows[i * BATCH % len(windows) :][:BATCH]
-        trained, state, value = step(trained, state, batch)
-        if i % 10 == 0:
-            print(f"step {i}: {value:.4f} nats from the original")
+        trained, state, value = step(trained, state, windows[i * BATCH :][:BATCH])
+        print(f"step {i}: {value:.4f} nats from the original") if i % 20 == 0 else None
     return fpq.combine(trained, rest)
 
 

@@ -100,6 +100,8 @@ def linears(
     ``dtype`` of what quantized kernels give, by default that of ``x``. ``shared`` keeps the quantized input for
     further calls with the same ``x``.
     """
+    if x.ndim == 1:
+        return [y[0] for y in linears(x[None], weights, dtype=dtype)]
     shared = {} if shared is None else shared
     results = []
     for kernel, bias in weights:

@@ -63,7 +63,7 @@ def read_tree(folder: Path, like: Any) -> Any:
     entry = manifest[_PART]
     try:
         stored = abstract_part(entry)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, FpqError) as error:
         raise FpqError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
     named, structure = named_leaves(like, is_quantized)
     wanted = {path or "value": leaf for path, leaf in named if is_traced(leaf)}

@@ -39,7 +39,6 @@ _ARRAYS = (
     "uses",
     "hessians",
     "transform",
-    "training",
 )
 install_import_hook([*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.models"], "beartype.beartype")
 

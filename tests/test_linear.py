@@ -243,3 +243,24 @@ def test_inputs_divided_over_one_device_give_the_same(dtype, rtol):
     alone, divided = (jax.jit(linear)(x, kernel, bias) for kernel in (q, Divided(q, make_mesh())))
     assert divided.dtype == dtype
     np.testing.assert_allclose(divided.astype(jnp.float32), alone.astype(jnp.float32), atol=rtol * jnp.abs(alone).max())
+
+
+def test_one_token_alone_has_no_batch():
+    w, x = jax.random.normal(jax.random.key(1), (32, 24)), jax.random.normal(jax.random.key(2), (32,))
+    q = lorc(w, quantize_array(w, QuantSpec(constraint="m2", group_size=16)), rank=4)
+    got = linear(x, q, jnp.ones(24))
+    assert got.shape == (24,)
+    np.testing.assert_array_equal(got, linear(x[None], q, jnp.ones(24))[0])
+
+
+@pytest.mark.parametrize("activation", [E4M3, None])
+def test_gradients_are_of_the_dequantized_weight(activation):
+    w, x = jax.random.normal(jax.random.key(1), (32, 24)), jax.random.normal(jax.random.key(2), (5, 32))
+    q = quantize_array(w, QuantSpec(constraint="m2", group_size=16, activation=activation))
+    pullback = lambda x: jax.vjp(lambda x: linear(x, q), x)[1](jnp.ones((5, 24)))[0]
+    np.testing.assert_allclose(jax.jit(pullback)(x), jnp.ones((5, 24)) @ dequantize(q).T, rtol=1e-5, atol=1e-5)
+    _, tangent = jax.jvp(lambda x: linear(x, q), (x,), (x,))
+    np.testing.assert_allclose(tangent, x @ dequantize(q), rtol=1e-5, atol=1e-5)
+    # scales are constants
+    by_scale = jax.grad(lambda s: linear(x, dataclasses.replace(q, row_scale=s)).sum())(q.row_scale)
+    assert not bool(by_scale.any())
