@@ -56,6 +56,7 @@ def quantize_params(
     nearest, then LoRC where the recipe has it. Which axes of a parameter are inputs is known from the former, or from
     ``uses`` (see ``find_kernels``); otherwise parameters called kernel with two axes are [in, out], and rules say it of
     others (``axes``). What is a QTensor already stays, and so does what has no Hessian where those are of a part.
+    Inside of ``jax.jit`` and ``jax.eval_shape`` it only rounds, and nothing is reported.
     FpqError for a rule that fits nothing, a parameter that is meant and cannot be quantized, a weight that is not
     finite, and a Hessian that is missing, zero or of another shape.
     """
@@ -180,7 +181,10 @@ def _with_hessians(selection: Selection, hessians: Mapping[str, Any]) -> Selecti
 def _check(path: str, leaf: Any, one: Chosen, hessians: Mapping[str, Any] | None, prefix: str) -> None:
     """FpqError for what cannot be solved, before anything is."""
     name = prefix + path
-    if not bool(jnp.all(jnp.isfinite(leaf))):
+    if isinstance(leaf, jax.core.Tracer):
+        if hessians is not None:
+            raise FpqError(f"{name} is traced, and GPTQ is not to be; inside of jit quantize_params only rounds.")
+    elif not bool(jnp.all(jnp.isfinite(leaf))):
         raise FpqError(f"{name} holds values that are not finite.")
     if hessians is None:
         if one.recipe.spec.activation_scale == "static":
@@ -208,6 +212,9 @@ def _round(leaves: Flat, chosen: dict[str, Chosen], *, seed: int) -> Done:
         w = to_kernel(jnp.asarray(leaves[path]), one.axes)
         q, rounding, error = jax.block_until_ready(_rounded(w, one.recipe, seed))
         q = replace(q, axes=one.axes)
+        if isinstance(rounding, jax.core.Tracer):  # nothing is known of it yet
+            done[path] = q, []
+            continue
         shape, seconds = (int(w.shape[-2]), int(w.shape[-1])), time.perf_counter() - began
         results = [
             LinearResult(

@@ -94,3 +94,36 @@ def test_what_cannot_be_divided_is_said(folders):
     ready = load(folders / "llama-m2", expand="load")
     with pytest.raises(FpqError, match="prepared for other devices cannot be divided; load it without expand"):
         prepare(ready, mesh=make_mesh(model=2))
+
+
+def test_a_sharded_tree_is_quantized_run_saved_and_loaded_as_it_lies(tmp_path):
+    import fpq_jax as fpq
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    on = lambda *spec: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    params = {"up": {"kernel": draw(1, 64, 4, 32)}, "down": {"kernel": draw(2, 4, 32, 64)}, "norm": jnp.ones(64)}
+    where = {"up": {"kernel": on(None, "model")}, "down": {"kernel": on("model", None, None)}, "norm": on()}
+    apply = lambda p, x: jnp.einsum(
+        "bnh,nhd->bd", jnp.tanh(jnp.einsum("bd,dnh->bnh", x * p["norm"], p["up"]["kernel"])), p["down"]["kernel"]
+    )
+    recipe, x = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(32), draw(3, 256, 64)
+    results = []
+    for tree, rows in ((params, x), (jax.device_put(params, where), jax.device_put(x, on("data")))):
+        hessians = fpq.collect_hessians(apply, tree, [rows], recipe)
+        small = fpq.quantize_params(tree, recipe, hessians)
+        results.append((small, np.asarray(jax.jit(fpq.quantized(apply))(small, rows))))
+    (one, expected), (many, got) = results
+    np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
+    same = [np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True)]
+    assert min(same) > 0.9
+    up, down = many["up"]["kernel"], many["down"]["kernel"]
+    assert up.codes.sharding.spec[0] == "model" and down.codes.sharding.spec[1] == "model"
+    assert up.low_rank.b.sharding.spec[1] == "model" and down.low_rank.a.sharding.spec[0] == "model"
+    fpq.save(tmp_path / "tree", many)
+    shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, where)
+    for like in (shapes, many):
+        again = fpq.load(tmp_path / "tree", like=like)
+        for a, b in zip(*map(jax.tree.leaves, (again, many)), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)

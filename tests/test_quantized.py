@@ -357,3 +357,65 @@ def test_gradients_flow_to_inputs_unquantized_leaves_and_factors():
     got = jax.grad(lambda x: fpq.quantized(deep)(stacked, x))(x)
     wanted = jax.grad(lambda x: jnp.tanh(by_hand(replace(stacked, axes=None), x)).sum())(x)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_program_is_the_one_of_linear_by_hand(hopper_compiler):
+    """For an H100: our LLaMA, whose layers call ``linear``, by the general road and by its own."""
+    from flax import nnx
+    from fpq_jax.models import Llama, LlamaConfig
+
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    more |= {"model_type": "llama", "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    config = LlamaConfig.from_hf(sizes | more)
+    graph, params = nnx.split(Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    apply, tokens = lambda params, tokens: nnx.merge(graph, params)(tokens), jnp.zeros((1, 64), int)
+    uses = fpq.find_kernels(apply, params, tokens)
+    recipe = fpq.Recipe.load("w4a8-fp-m2-lorc").with_rule("lm_head*", quantize=False)
+    small = fpq.expand_params(fpq.quantize_params(params, recipe, uses=uses))
+    general, own = (fpq.compile_for_hopper(f, small, tokens) for f in (fpq.quantized(apply), apply))
+    assert str(general) == str(own)
+    assert sorted(map(str, general.kernels)) == sorted(map(str, own.kernels)) and "FP8 products" in str(own)
+
+
+def test_stacked_weights_are_fp8_products_on_an_h100(hopper_compiler):
+    spec = fpq.QuantSpec(constraint="m2", group_size=64)
+    x = jnp.ones((4, 64, 128), jnp.bfloat16)
+    experts = quantize(_normal(1, 4, 128, 256).astype(jnp.bfloat16), "stack in out", spec)
+    program = fpq.compile_for_hopper(fpq.quantized(lambda w, x: jnp.einsum("etd,edf->etf", x, w)), experts, x)
+    assert "1 FP8 products, 0 other products" in str(program)
+    layers = quantize(_normal(2, 3, 128, 128).astype(jnp.bfloat16), "stack in out", spec)
+    scan = lambda w, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+    assert "1 FP8 products, 0 other products" in str(fpq.compile_for_hopper(fpq.quantized(scan), layers, x[0]))
+
+
+def test_tracing_costs_at_most_three_times_as_much():
+    """A transformer of 32 layers; processor time, the least of several."""
+    import time
+
+    import flax.linen as nn
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.RMSNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(4)(h, h)
+            h = nn.RMSNorm()(x)
+            return x + nn.Dense(32)(nn.silu(nn.Dense(64)(h)) * nn.Dense(64)(h))
+
+    model, x = nn.Sequential([Block() for _ in range(32)]), jnp.zeros((2, 8, 32))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    uses = fpq.find_kernels(model.apply, shapes, x)
+    assert sum(not use.why_not for use in uses.values()) == 32 * 7
+    recipe = fpq.Recipe.load("w4a8-fp-m2")
+    small = jax.eval_shape(lambda p: fpq.quantize_params(p, recipe, uses=uses), shapes)
+
+    def seconds(function, params):
+        jax.clear_caches()
+        began = time.process_time()
+        jax.jit(function).trace(params, x)
+        return time.process_time() - began
+
+    runs = [(seconds(model.apply, shapes), seconds(fpq.quantized(model.apply), small)) for _ in range(3)]
+    original, quantized = map(min, zip(*runs, strict=True))
+    assert quantized < 3 * original

@@ -246,7 +246,10 @@ def test_mistakes_are_said():
         fpq.quantize_params(params, PLAIN, {"a.kernel": jnp.zeros((16, 16))})
     with error("The static activation scale of a.kernel needs calibration"):
         fpq.quantize_params(params, PLAIN.with_rule("a.*", activation_scale="static"))
+    with error("a.kernel is traced, and GPTQ is not to be"):
+        jax.jit(lambda p: fpq.quantize_params(p, PLAIN, {"a.kernel": jnp.eye(16)}))(params)
     small = fpq.quantize_params(params, PLAIN)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda p: fpq.quantize_params(p, PLAIN))(params), small)
     with error("a.kernel, which 'a.kernel' means, cannot be quantized: it is quantized already"):
         fpq.quantize_params(small, PLAIN.with_rule("a.kernel"))
     again = fpq.quantize_params(small, PLAIN)
