@@ -210,7 +210,9 @@ class _Walk:
         elif (move := _MOVES.get(name)) is not None and isinstance(operands[0], Kernel):
             if (moved := move(self, eqn, operands)) is not None:
                 return moved
-        return _bind(eqn, [self.array(operand, name) for operand in operands])
+        both = name == "dot_general" and all(isinstance(operand, Kernel) for operand in operands)
+        use = "a product with another parameter" if both else name
+        return _bind(eqn, [self.array(operand, use) for operand in operands])
 
     def array(self, value: Any, use: str) -> Any:
         """A value as an array; the rules are told of a Kernel that had to become one."""
