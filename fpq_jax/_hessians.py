@@ -1,6 +1,6 @@
 """X^T X of what each kernel of a function meets: over batches, over several uses, over the steps of a loop.
 
-Products are taken with quantized activations, as inference will take them. Kernels that meet the same inputs share one
+Products are taken with quantized activations, as inference will take them. Followed that meet the same inputs share one
 Hessian.
 """
 
@@ -26,11 +26,10 @@ from fpq_jax._quantized import Input, Multiply, Traced, arranged, is_quantized, 
 from fpq_jax._recipe import Recipe
 from fpq_jax._scales import Scale, range_scale
 from fpq_jax._select import Chosen, Use, select
-from fpq_jax._tree import is_array, named_leaves
+from fpq_jax._tree import Same, is_array, named_leaves
 from fpq_jax._uses import find_kernels, follow
-from fpq_jax._walk import Kernel, Known, Rules, Together, walk
+from fpq_jax._walk import Followed, Known, Place, Rules, Together, empty, walk
 
-_PART = "\1"  # begins, in the name of a part of a stack, which part it is
 Mask = Callable[..., Any]
 
 
@@ -42,7 +41,7 @@ class Hessians(Mapping[str, Any]):
     its recipe asks for one. uses: what the function does with its parameters. complete: not of a part of them (only=).
     """
 
-    by_input: dict[Together, Any]
+    by_input: dict[tuple[str, ...], Any]
     fixed: dict[str, Scale]
     uses: dict[str, Use]
     complete: bool
@@ -74,8 +73,9 @@ def collect_hessians(
     ``batches``: tuples of further arguments, or single ones; arrays or trees of them. ``only``: a pattern of paths, for
     a model whose Hessians do not fit at once: collect and quantize part by part, with ``params`` whose finished
     parts are QTensors already. ``mask(*batch)``: which positions count (nonzero), [B, T] for inputs [B, T, in] or
-    [B * T, in]. One pass, jitted for each shape of a batch (two where activations have static scales). FpqError for a
-    Hessian that stayed zero, an input that does not fit the mask, or a recipe that does not fit the parameters.
+    [B * T, in]; it is the model's to have its rows in that order. One pass, jitted for each shape of a batch (two where
+    activations have static scales). FpqError for a Hessian that stayed zero, an input that does not fit the mask, or a
+    recipe that does not fit the parameters.
     """
     return collect_named(apply_fn, params, batches, recipe, only=only, mask=mask)
 
@@ -89,21 +89,27 @@ def collect_named(
     only: str | None = None,
     mask: Mask | None = None,
     prefix: str = "",
+    lenient: bool = False,
 ) -> Hessians:
-    """``collect_hessians`` for a recipe that knows the paths with ``prefix`` in front."""
+    """``collect_hessians`` for a recipe that knows the paths with ``prefix`` in front. ``lenient``: it may be about
+    none of them."""
     given = (_arguments(batch) for batch in batches)
     if (first := next(given, None)) is None:
         raise FpqError("There are no batches to calibrate on.")
     uses = find_kernels(apply_fn, params, *first)
     leaves, structure = named_leaves(params, is_quantized)
-    chosen = select(recipe, dict(leaves), uses, prefix).chosen
+    chosen = select(recipe, dict(leaves), uses, prefix, lenient).chosen
     if only is not None and not (chosen := {path: chosen[path] for path in fnmatch.filter(chosen, only)}):
         raise FpqError(f"only={only!r} fits no kernel that the recipe quantizes.")
+    if lenient and not chosen:
+        return Hessians({}, {}, uses, True)
     arrays = [leaf for _, leaf in leaves if is_traced(leaf)]
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays):
+        raise FpqError("The parameters are shapes without values; Hessians are collected with the values.")
     # what is no array, and _ARRAY for what is one
     static = tuple(_ARRAY if is_traced(leaf) else leaf for _, leaf in leaves)
     names = tuple(path for path, leaf in leaves if is_traced(leaf))
-    program = _Program(apply_fn, structure, static, names, tuple(chosen.items()), mask)
+    program = _Recorder(Same(apply_fn), structure, static, names, tuple(chosen.items()), mask and Same(mask))
     static_scales = [path for path, one in chosen.items() if one.recipe.spec.activation_scale == "static"]
     fixed: dict[str, Scale] = {}
     if static_scales:
@@ -124,7 +130,7 @@ def collect_named(
 def check_seen(path: str, matrix: Any) -> None:
     """FpqError for a Hessian that is zero or not finite, of a stack for any of it."""
     diagonal = np.asarray(jnp.diagonal(jnp.asarray(matrix), axis1=-2, axis2=-1))
-    if not np.all(np.isfinite(diagonal)):
+    if not bool(jnp.all(jnp.isfinite(matrix))):
         raise FpqError(f"The inputs of {path} overflow or are not finite during calibration.")
     unseen = np.argwhere(~np.any(diagonal > 0, axis=-1))
     if len(unseen):
@@ -135,19 +141,19 @@ def check_seen(path: str, matrix: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Program:
+class _Recorder:
     """What a batch is recorded with; equal ones, as of blocks that are alike, are compiled once.
 
     structure, leaves: of the parameters, with _ARRAY in the places of ``names``'s arrays. scaled: kernels of which the
     range of the inputs is recorded, instead of Hessians.
     """
 
-    apply_fn: Callable[..., Any]
+    apply_fn: Same
     structure: Any
     leaves: tuple[Any, ...]
     names: tuple[str, ...]
     chosen: tuple[tuple[str, Chosen], ...]
-    mask: Mask | None
+    mask: Same | None
     scaled: tuple[str, ...] | None = None
 
     @property
@@ -158,7 +164,9 @@ class _Program:
         """Of one batch."""
         chosen = dict(self.chosen)
         if self.scaled is None:
-            mask = None if self.mask is None else self.mask(*args)
+            mask = None if self.mask is None else self.mask.function(*args)
+            if self.mask is not None and not is_array(mask):
+                raise FpqError(f"mask(*batch) gave {mask!r}; it must give an array, nonzero where a position counts.")
             rules: Rules = _Collect(chosen, fixed, mask)
         else:
             chosen, rules = {path: chosen[path] for path in self.scaled}, _Ranges()
@@ -177,29 +185,33 @@ class _Program:
     def _apply(self, arrays: list[Any], *args: Any) -> Any:
         values = iter(arrays)
         leaves = [next(values) if leaf is _ARRAY else leaf for leaf in self.leaves]
-        return self.apply_fn(jax.tree.unflatten(self.structure, leaves), *args)
+        return self.apply_fn.function(jax.tree.unflatten(self.structure, leaves), *args)
 
 
 _ARRAY = object()
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
-    args = batch if isinstance(batch, tuple) else (batch,)
-    if not all(is_array(leaf) for leaf in jax.tree.leaves(args)):
-        raise FpqError("A batch holds arrays alone; bind other arguments with functools.partial.")
+    args = batch if type(batch) is tuple else (batch,)
+    for leaf in jax.tree.leaves(args):
+        if not is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+            raise FpqError("A batch holds arrays alone; bind other arguments with functools.partial.")
     return args
 
 
 def _merged(
-    program: _Program, arrays: list[Any], fixed: dict[str, Scale], batches: Iterable[tuple[Any, ...]]
+    program: _Recorder, arrays: list[Any], fixed: dict[str, Scale], batches: Iterable[tuple[Any, ...]]
 ) -> dict[Together, Array]:
     """The records of all batches, merged on the device."""
-    total: Any = None
+    total: dict[Together, Array] = {}
+    known: set[Any] = set()
     for args in batches:
-        if total is None:
-            shapes = jax.eval_shape(program.records, arrays, fixed, args)
-            neutral = 0.0 if program.merge is jnp.add else -jnp.inf
-            total = {names: jnp.full(shape.shape, neutral, shape.dtype) for names, shape in shapes.items()}
+        leaves, structure = jax.tree.flatten(args)
+        shape = (structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves))
+        if shape not in known:  # which kernels share an input may depend on it
+            known.add(shape)
+            new = empty(jax.eval_shape(program.records, arrays, fixed, args), program.merge)
+            total = new | total
         # waited for, or all batches would be on the device at once
         total = jax.block_until_ready(_more(program, total, arrays, fixed, args))
     return total
@@ -207,13 +219,14 @@ def _merged(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _more(
-    program: _Program, total: dict[Together, Array], arrays: list[Any], fixed: dict[str, Scale], args: Any
+    program: _Recorder, total: dict[Together, Array], arrays: list[Any], fixed: dict[str, Scale], args: Any
 ) -> dict[Together, Array]:
-    return jax.tree.map(program.merge, total, program.records(arrays, fixed, args))
+    new = program.records(arrays, fixed, args)
+    return {places: program.merge(old, new[places]) if places in new else old for places, old in total.items()}
 
 
 def _static_scales(
-    program: _Program, chosen: dict[str, Chosen], paths: list[str], arrays: list[Any], batches: list[tuple[Any, ...]]
+    program: _Recorder, chosen: dict[str, Chosen], paths: list[str], arrays: list[Any], batches: list[tuple[Any, ...]]
 ) -> dict[str, Scale]:
     """The scale of each kernel's inputs, from the inputs as they are."""
     for path in paths:
@@ -223,7 +236,7 @@ def _static_scales(
     fixed = {}
     for path in paths:
         # of each use: minus the least, and the largest
-        low, high = jnp.max(jnp.stack([value for names, value in found.items() if path in names]), axis=0)
+        low, high = jnp.max(jnp.stack([value for (place,), value in found.items() if place.path == path]), axis=0)
         activation = chosen[path].recipe.spec.activation
         assert activation is not None
         fixed[path] = range_scale(-low[None], high[None], activation)
@@ -239,7 +252,7 @@ class _Seen(Multiply):
         super().__init__(False, set())
 
     def product(
-        self, kernel: Kernel, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
+        self, kernel: Followed, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
     ) -> Any:
         if kernel.quantized:
             return super().product(kernel, x, product, known, bind, dtype)
@@ -250,31 +263,24 @@ class _Seen(Multiply):
         seen = self.see(kernel, arranged(x, how, known), how, known)
         return bind(x if seen is None else how.of_x.undone(seen, x.shape), kernel.value)
 
-    def see(self, kernel: Kernel, x: Array, how: Plan, known: Known) -> Array | None:
+    def see(self, kernel: Followed, x: Array, how: Plan, known: Known) -> Array | None:
         """What the kernel is multiplied with, as ``how`` has x; None: x itself."""
         raise NotImplementedError
 
-    def part(self, kernel: Kernel, axis: Factor, start: Any, size: int) -> str:
+    def part(self, kernel: Followed, axis: Factor, start: Any, size: int) -> Place:
         if kernel.quantized:
-            return kernel.name
+            return kernel.place
         if isinstance(start, jax.core.Tracer):
             raise FpqError(
-                f"{kernel.name} is indexed by a number that is computed, and its Hessians cannot be told apart then; "
-                "scan over it instead."
+                f"{kernel.place.path} is indexed by a number that is computed, and its Hessians cannot be told apart "
+                "then; scan over it instead."
             )
-        name, _, part = kernel.name.partition(_PART)
-        parts = _parts(part)
-        first = parts.get(axis.axis, (0, 0))[0] + int(start)
-        parts[axis.axis] = first, first + size
-        # a scan that it is in has its mark at the name's end
-        marks = len(kernel.name) - len(kernel.name.rstrip("\0"))
-        told = ";".join(f"{i}:{start}:{stop}" for i, (start, stop) in sorted(parts.items()))
-        return name.rstrip("\0") + _PART + told + "\0" * marks
+        return kernel.place.cut(axis.axis, int(start), size)
 
 
 class _Ranges(_Seen):
-    def see(self, kernel: Kernel, x: Array, how: Plan, known: Known) -> None:
-        known.record((kernel.name,), jnp.stack([jnp.max(-x), jnp.max(x)]).astype(jnp.float32))
+    def see(self, kernel: Followed, x: Array, how: Plan, known: Known) -> None:
+        known.record((kernel.place,), jnp.stack([jnp.max(-x), jnp.max(x)]).astype(jnp.float32))
 
 
 class _Collect(_Seen):
@@ -284,14 +290,14 @@ class _Collect(_Seen):
         self._fixed = fixed
         self._mask = mask
 
-    def see(self, kernel: Kernel, x: Array, how: Plan, known: Known) -> Array:
-        path = kernel.name.rstrip("\0").partition(_PART)[0]
+    def see(self, kernel: Followed, x: Array, how: Plan, known: Known) -> Array:
+        path = kernel.place.path
         activation, fixed = self._chosen[path].recipe.spec.activation, self._fixed.get(path)
-        kept = known.of_input(x, ("seen", activation, path if fixed is not None else None, how.stack))
+        kept = known.of_input(x, ("seen", activation, path if fixed is not None else None, how.stack, how.shared))
         if "seen" not in kept:
             kept["seen"] = x if activation is None else fake_quantize_tokens(x, activation, fixed)
-            kept["site"] = known.site(self._hessian(kernel.name, kept["seen"], how))
-        kept["site"].names.append(kernel.name)
+            kept["site"] = known.site(self._hessian(path, kept["seen"], how))
+        kept["site"].places.append(kernel.place)
         return kept["seen"]
 
     def _hessian(self, name: str, x: Array, how: Plan) -> Array:
@@ -313,42 +319,38 @@ def _of_rows(mask: Any, rows: tuple[int, ...], name: str) -> Array:
     if rows == (mask.size,):
         return mask.reshape(rows)
     raise FpqError(
-        f"The inputs of {name.rstrip(chr(0))} are {'x'.join(map(str, rows))} rows, which a mask of "
+        f"The inputs of {name} are {'x'.join(map(str, rows))} rows, which a mask of "
         f"{'x'.join(map(str, mask.shape))} positions does not fit; leave that kernel out, with only= or a rule."
     )
 
 
-def _by_input(found: dict[Together, Any], chosen: dict[str, Chosen], leaves: dict[str, Any]) -> dict[Together, Any]:
+def _by_input(
+    found: dict[Together, Any], chosen: dict[str, Chosen], leaves: dict[str, Any]
+) -> dict[tuple[str, ...], Any]:
     """Records of kernels, and of parts of stacks, as whole matrices by the kernels that share them."""
-    places: dict[str, list[tuple[Together, str]]] = defaultdict(list)
-    for names in found:
-        for name in names:
-            path, _, part = name.partition(_PART)
-            places[path].append((names, part))
+    # of each kernel: in which records it is, as which part
+    within: dict[str, list[tuple[Together, Any]]] = defaultdict(list)
+    for places in found:
+        for place in places:
+            within[place.path].append((places, place.parts))
     sharing: dict[Any, list[str]] = defaultdict(list)
     for path in chosen:
-        if path in places:
-            sharing[tuple(sorted(places[path]))].append(path)
+        if path in within:
+            sharing[tuple(sorted(within[path]))].append(path)
     by_input = {}
-    for where, paths in sharing.items():
+    for records, paths in sharing.items():
         kinds = chosen[paths[0]].axes.kinds
         stack = [n for n, kind in zip(leaves[paths[0]].shape, kinds, strict=True) if kind == "stack"]
-        by_input[tuple(paths)] = _added_up([(found[names], _where(part, kinds)) for names, part in where], stack)
+        by_input[tuple(paths)] = _added_up([(found[key], _where(parts, kinds)) for key, parts in records], stack)
     return by_input
 
 
-def _where(part: str, kinds: Sequence[Kind]) -> tuple[slice, ...]:
-    """Which part of the stack a kernel's name says it is; () for all of it."""
+def _where(parts: tuple[tuple[int, int, int], ...], kinds: Sequence[Kind]) -> tuple[slice, ...]:
+    """Which part of the stack a kernel is; () for all of it."""
     index = [slice(None)] * kinds.count("stack")
-    for axis, (start, stop) in _parts(part).items():
+    for axis, start, stop in parts:
         index[kinds[:axis].count("stack")] = slice(start, stop)
-    return tuple(index) if part else ()
-
-
-def _parts(part: str) -> dict[int, tuple[int, int]]:
-    """By axis of the parameter, what is left of it."""
-    numbers = [tuple(map(int, one.split(":"))) for one in part.rstrip("\0").split(";") if one]
-    return {axis: (start, stop) for axis, start, stop in numbers}
+    return tuple(index) if parts else ()
 
 
 def _added_up(matrices: list[tuple[Any, tuple[slice, ...]]], stack: list[int]) -> Any:

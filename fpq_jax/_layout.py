@@ -4,6 +4,7 @@ An array's axes are made of factors of the axes that the parameter had: transpos
 or splits them, and a product tells which are inputs. A QTensor never moves; its layout does.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,12 +122,23 @@ class Moves(NamedTuple):
     shape: tuple[int, ...]
 
     def __call__(self, array: Array) -> Array:
-        return array.transpose(self.first).reshape(self.factors).transpose(self.second).reshape(self.shape)
+        array = _reshaped(_transposed(array, self.first), self.factors)
+        return _reshaped(_transposed(array, self.second), self.shape)
 
     def undone(self, array: Array, shape: Sequence[int]) -> Array:
         """The inverse, for what had this shape."""
-        array = array.reshape([self.factors[i] for i in self.second]).transpose(np.argsort(self.second))
-        return array.reshape([shape[i] for i in self.first]).transpose(np.argsort(self.first))
+        array = _reshaped(array, tuple(self.factors[i] for i in self.second))
+        array = _transposed(array, tuple(np.argsort(self.second).tolist()))
+        array = _reshaped(array, tuple(shape[i] for i in self.first))
+        return _transposed(array, tuple(np.argsort(self.first).tolist()))
+
+
+def _transposed(array: Array, order: tuple[int, ...]) -> Array:
+    return array if order == tuple(range(len(order))) else array.transpose(order)
+
+
+def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
+    return array if array.shape == shape else array.reshape(shape)
 
 
 class Plan(NamedTuple):
@@ -142,7 +154,8 @@ class Plan(NamedTuple):
     shared: tuple[bool, ...]
 
 
-def plan(x_shape: Sequence[int], layout: Layout, axes: Axes, product: Product) -> Plan | None:
+@functools.lru_cache(maxsize=4096)  # layers are alike
+def plan(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: Product) -> Plan | None:
     """None where the product contracts anything but the kernel's inputs, or shares anything but its stack with x."""
     many = lambda factors: tuple(f for f in factors if f.size > 1)  # what is of size 1 may stand anywhere
     kind = lambda wanted: tuple(f for f in layout.factors if axes.kinds[f.axis] == wanted)

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Shaped
 from fpq_jax._activations import QuantizedTokens, fake_quantize_tokens, tokens_for
 from fpq_jax._formats import E5M2, Format, IntFormat, decode, unpack
 from fpq_jax._mesh import MODEL, over_model
-from fpq_jax._qtensor import LowRank, QTensor, dequantize, expand, pad_to
+from fpq_jax._qtensor import LowRank, QTensor, check_exponents, dequantize, expand, pad_to
 from fpq_jax._scales import Scale
 
 ProductKind = Literal["fp8", "int8", "codes", "dequantized", "weight_only"]
@@ -93,7 +93,7 @@ def linears(
     weights: Sequence[tuple[Any, Any]],
     *,
     dtype: Any = None,
-    shared: dict[Any, QuantizedTokens] | None = None,
+    shared: dict[Any, tuple[QuantizedTokens, Any]] | None = None,
 ) -> list[Array]:
     """``linear`` of one input with several (kernel, bias): the input is quantized once for all that take it alike.
 
@@ -101,7 +101,7 @@ def linears(
     further calls with the same ``x``.
     """
     if x.ndim == 1:
-        return [y[0] for y in linears(x[None], weights, dtype=dtype)]
+        return [y[0] for y in linears(x[None], weights, dtype=dtype, shared=shared)]
     shared = {} if shared is None else shared
     results = []
     for kernel, bias in weights:
@@ -111,11 +111,13 @@ def linears(
             continue
         tokens = None
         if kernel.spec.activation is not None:
-            # static scales are each kernel's own
-            how = (kernel.spec.activation, None if kernel.input_scale is None else id(kernel))
+            # static scales are each kernel's own; what is kept holds the one that its key is of
+            how = (kernel.spec.activation, None if kernel.input_scale is None else id(kernel.input_scale))
             if how not in shared:
-                shared[how] = _tokens(x, kernel)
-            tokens = shared[how]
+                shared[how] = _tokens(x, kernel), kernel.input_scale
+            tokens = shared[how][0]
+            if kernel.has_fp8_form:
+                check_exponents(kernel)  # while they can be looked at
         results.append(_quantized_linear(x, tokens, kernel, bias, dtype=dtype))
     return results
 

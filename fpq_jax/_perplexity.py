@@ -1,5 +1,6 @@
 """Perplexity over whole windows: every token of a window but its first is predicted (GPTQ's protocol)."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from fpq_jax._errors import FpqError
 from fpq_jax._layerwise import BATCH_TOKENS, Batches, batch_size, losses
 from fpq_jax._mesh import make_mesh
-from fpq_jax._tree import jit
+from fpq_jax._tree import Same, jit
 
 _Advance = Callable[[int], None]
 
@@ -39,15 +40,18 @@ def perplexity(
     mesh = make_mesh()
     batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))
     sums = np.zeros(len(windows))
-    token_losses: Callable[..., Float[Array, "B L-1"]] = jit(
-        lambda params, tokens: losses(apply_fn(params, tokens), tokens)
-    )
+    token_losses = _token_losses(Same(apply_fn))
     for tokens, real, index in zip(batches.tokens, batches.real, batches.index, strict=True):
         found = np.asarray(token_losses(params, jnp.asarray(tokens)))
         sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
         if advance is not None:
             advance(int(real.sum()))
     return of_losses(sums, windows.shape[1])
+
+
+@functools.lru_cache(maxsize=8)
+def _token_losses(apply_fn: Same) -> Callable[..., Float[Array, "B L-1"]]:
+    return jit(lambda params, tokens: losses(apply_fn.function(params, tokens), tokens))
 
 
 def of_losses(sums: np.ndarray, length: int) -> Perplexity:

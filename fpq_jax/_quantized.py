@@ -15,7 +15,7 @@ from fpq_jax._layout import Layout, Plan, Product, plan
 from fpq_jax._linear import linears
 from fpq_jax._qtensor import Axes, QTensor
 from fpq_jax._tree import dotted, is_array
-from fpq_jax._walk import Kernel, Known, Rules, walk
+from fpq_jax._walk import Followed, Known, Place, Rules, walk
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -82,7 +82,7 @@ class Traced:
         """The function's result of the jaxpr's; a parameter that is returned as it came is the QTensor again."""
         values = list(self._out_static)
         for i, out in zip(self._out_dynamic, outputs, strict=True):
-            values[i] = out.value if isinstance(out, Kernel) else out
+            values[i] = out.value if isinstance(out, Followed) else out
         return jax.tree.unflatten(self._out_structure, values)
 
 
@@ -99,10 +99,10 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def kernel_of(one: Input) -> Kernel:
+def kernel_of(one: Input) -> Followed:
     """A QTensor at the beginning of its way."""
     axes = axes_of(one.leaf)
-    return Kernel(one.leaf, one.name, Layout.of(axes.shape(one.leaf.stack)), jnp.dtype(axes.dtype), axes)
+    return Followed(one.leaf, Place(one.name), Layout.of(axes.shape(one.leaf.stack)), jnp.dtype(axes.dtype), axes)
 
 
 def _input(path: tuple[Any, ...], leaf: Any) -> Input:
@@ -132,22 +132,21 @@ class Multiply(Rules):
         self._told = told
 
     def product(
-        self, kernel: Kernel, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
+        self, kernel: Followed, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
     ) -> Any:
         assert kernel.axes is not None
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return None
         how = plan(x.shape, kernel.layout, kernel.axes, product)
         return None if how is None else how.of_result(_multiplied(x, kernel.value, how, known, dtype))
 
-    def other(self, kernel: Kernel, use: str) -> None:
+    def other(self, kernel: Followed, use: str) -> None:
         if not kernel.quantized:
             return
-        what = f"{kernel.name} is used in a way that has no quantized form ({use})"
+        path = kernel.place.path
+        what = f"{path} is used in a way that has no quantized form ({use})"
         if self._strict:
             raise FpqError(f"{what}; leave it as it is with a rule of the recipe, or call without strict.")
-        if (kernel.name, use) not in self._told:
-            self._told.add((kernel.name, use))
+        if (path, use) not in self._told:
+            self._told.add((path, use))
             warnings.warn(f"{what}; it is dequantized there.", stacklevel=2)
 
 

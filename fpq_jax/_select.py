@@ -43,18 +43,30 @@ class Selection(NamedTuple):
 
 def is_parameter(leaf: Any) -> bool:
     """Whether a leaf is an array that could be a kernel."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) > 1
+    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    return leaf.dtype.itemsize > 1 and len(leaf.shape) > 1 and 0 not in leaf.shape
 
 
 def select(
-    recipe: Recipe, leaves: Mapping[str, Any], uses: Mapping[str, Use] | None = None, prefix: str = ""
+    recipe: Recipe,
+    leaves: Mapping[str, Any],
+    uses: Mapping[str, Use] | None = None,
+    prefix: str = "",
+    lenient: bool = False,
 ) -> Selection:
     """What the recipe does to each parameter; a rule that fits none, or only what cannot be quantized, is an error.
 
     ``uses``, as ``find_kernels`` says, or None: then parameters called "kernel" of two axes are [in, out], and of
-    others rules have to say the axes. ``prefix`` stands before each path in the recipe.
+    others rules have to say the axes. ``prefix`` stands before each path in the recipe. ``lenient``: it
+    may leave everything.
     """
     arrays = {path: leaf for path, leaf in leaves.items() if is_parameter(leaf)}
+    if uses is not None and (missing := [path for path in arrays if path not in uses]):
+        raise FpqError(
+            f"Nothing is known of {missing[0]}: the Hessians or uses are of another tree, or of one that was quantized "
+            "further; collect them with these parameters."
+        )
     found = {path: _unseen(path, leaf) if uses is None else uses[path] for path, leaf in arrays.items()}
     axes = {path: use.axes for path, use in found.items() if use.axes is not None and not use.why_not}
     left = {path: use.why_not for path, use in found.items() if use.why_not}
@@ -75,13 +87,15 @@ def select(
             # parameters that are also used otherwise, if they are asked for
             meant = [path for path in fitting if path in found and found[path].axes is not None]
             axes |= {path: known for path in meant if (known := found[path].axes) is not None}
+        if not meant and all(isinstance(leaves[path], QTensor) for path in fitting):
+            continue  # it was done before
         if not meant:
             path = fitting[0]
             why = left.get(path) or _why_not(leaves[path])
             raise FpqError(f"Recipe {recipe.name}: {path}, which {rule.match!r} means, cannot be quantized: {why}.")
         chosen |= dict.fromkeys(meant, rule.change)
         left = {path: why for path, why in left.items() if path not in meant}
-    if not chosen and not any(isinstance(leaf, QTensor) for leaf in leaves.values()):
+    if not chosen and not lenient and not any(isinstance(leaf, QTensor) for leaf in leaves.values()):
         raise FpqError(f"Recipe {recipe.name} leaves every parameter as it is{_example(left)}.")
     return Selection({path: Chosen(what, axes[path]) for path, what in chosen.items()}, left)
 

@@ -47,7 +47,9 @@ def partition(params: Any, train: Trained = "low_rank") -> tuple[Any, Any]:
 
 
 def combine(trained: Any, rest: Any) -> Any:
-    """The tree again, of what ``partition`` gave. Differentiable."""
+    """The tree again, of what ``partition`` gave, in that order. Differentiable."""
+    if any(isinstance(leaf, QTensor) for leaf in jax.tree.leaves(trained, is_leaf=_is_whole)):
+        raise FpqError("combine takes what is trained first, and then the rest.")
 
     def one(trained: Any, rest: Any) -> Any:
         if isinstance(trained, LowRank):
@@ -63,7 +65,13 @@ def straight_through(x: Float[Array, "..."], how: Format | QuantSpec) -> Float[A
     ``how``: a Format, for a cast of each element as it is; or a QuantSpec, for a weight [..., in, out] with its scales,
     as ``quantize_array`` rounds it. For quantization-aware training.
     """
-    return _straight_through(x, how)
+    if not isinstance(how, Format | QuantSpec):
+        raise FpqError(f"how is {how!r}; it must be a Format such as E4M3, or a QuantSpec.")
+    if isinstance(how, QuantSpec) and x.ndim < 2:
+        raise FpqError(f"A weight of shape {x.shape} has no inputs and outputs; round it by a Format.")
+    rounded = jax.custom_jvp(lambda x: _rounded(x, how))
+    rounded.defjvp(lambda primals, tangents: (rounded(primals[0]), tangents[0]))
+    return rounded(x)
 
 
 def _rounded(x: Array, how: Format | QuantSpec) -> Array:
@@ -72,12 +80,6 @@ def _rounded(x: Array, how: Format | QuantSpec) -> Array:
     if x.ndim > 2:
         return jax.vmap(lambda w: _rounded(w, how))(x)
     return dequantize(quantize_array(x, how), x.dtype)
-
-
-def _straight_through(x: Array, how: Format | QuantSpec) -> Array:
-    rounded = jax.custom_jvp(lambda x: _rounded(x, how))
-    rounded.defjvp(lambda primals, tangents: (_rounded(primals[0], how), tangents[0]))
-    return rounded(x)
 
 
 def _is_whole(leaf: Any) -> bool:

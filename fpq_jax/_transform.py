@@ -84,12 +84,14 @@ def quantize_named(
     uses: Mapping[str, Use] | None,
     seed: int,
     prefix: str = "",
+    lenient: bool = False,
 ) -> tuple[Any, TreeReport]:
-    """``quantize_params_with_report`` for a recipe that knows the paths with ``prefix`` in front."""
+    """``quantize_params_with_report`` for a recipe that knows the paths with ``prefix`` in front. ``lenient``: it may
+    be about none of them."""
     recipe = recipe.with_lorc_rank(_AUTO_RANK)
     named, structure = named_leaves(params, is_quantized)
     leaves = dict(named)
-    selection = select(recipe, leaves, uses, prefix)
+    selection = select(recipe, leaves, uses, prefix, lenient)
     if hessians is not None:
         selection = _with_hessians(selection, hessians)
     for path, one in selection.chosen.items():
@@ -123,15 +125,19 @@ def quantize_blocks(
     ]
     for rule in recipe.rules:
         recipe.fitting(rule, [path for block in names for path in block], "parameter")
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = [batch if type(batch) is tuple else (batch,) for batch in batches]
+    quantized_any = any(map(is_quantized, jax.tree.leaves([p for _, p in blocks], is_leaf=is_quantized)))
     following = {function: jit(quantized(function)) for function, _ in blocks}
     for i, (function, params) in enumerate(blocks):
         own, prefix = recipe.about(names[i]), f"{i}."
-        found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix)
-        done, report = quantize_named(params, own, found, found.uses, seed, prefix)
+        found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix, lenient=True)
+        done, report = quantize_named(params, own, found, found.uses, seed, prefix, lenient=True)
         if i + 1 < len(blocks):
             inputs = [(jax.device_get(following[function](done, *args)), *args[1:]) for args in inputs]
+        quantized_any |= bool(report.results)
         yield done, report
+    if not quantized_any:
+        raise FpqError(f"Recipe {recipe.name} leaves every parameter of every block as it is.")
 
 
 def dequantize_params(params: Any) -> Any:
@@ -181,10 +187,12 @@ def _with_hessians(selection: Selection, hessians: Mapping[str, Any]) -> Selecti
 def _check(path: str, leaf: Any, one: Chosen, hessians: Mapping[str, Any] | None, prefix: str) -> None:
     """FpqError for what cannot be solved, before anything is."""
     name = prefix + path
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise FpqError(f"{name} is a shape without values; quantize shapes inside of jax.eval_shape.")
     if isinstance(leaf, jax.core.Tracer):
         if hessians is not None:
             raise FpqError(f"{name} is traced, and GPTQ is not to be; inside of jit quantize_params only rounds.")
-    elif not bool(jnp.all(jnp.isfinite(leaf))):
+    elif not _finite(leaf):
         raise FpqError(f"{name} holds values that are not finite.")
     if hessians is None:
         if one.recipe.spec.activation_scale == "static":
@@ -196,10 +204,15 @@ def _check(path: str, leaf: Any, one: Chosen, hessians: Mapping[str, Any] | None
         return
     kernel = jax.eval_shape(partial(to_kernel, axes=one.axes), leaf)
     wanted = (*kernel.shape[:-1], kernel.shape[-2])
-    if tuple(hessians[path].shape) != wanted:
-        raise FpqError(f"The Hessian of {name} has shape {tuple(hessians[path].shape)}; it must be {wanted}.")
+    if (shape := np.shape(hessians[path])) != wanted:
+        raise FpqError(f"The Hessian of {name} has shape {shape}; it must be {wanted}.")
     if one.recipe.method == "gptq":
         check_seen(name, hessians[path])
+
+
+def _finite(leaf: Any) -> bool:
+    with jax.ensure_compile_time_eval():  # it may be a constant of a function that is being traced
+        return bool(jnp.all(jnp.isfinite(leaf)))
 
 
 Done = dict[str, tuple[QTensor, list[LinearResult]]]
@@ -245,7 +258,7 @@ def _solve(leaves: Flat, chosen: dict[str, Chosen], *, hessians: Mapping[str, An
     if isinstance(hessians, Hessians):
         by_input, fixed = hessians.by_input, hessians.fixed
     else:
-        by_input, fixed = {(path,): hessians[path] for path in hessians}, {}
+        by_input, fixed = {(path,): jnp.asarray(hessians[path]) for path in hessians}, {}
     done = _round(leaves, {path: one for path, one in chosen.items() if path not in hessians}, seed=seed)
     for paths, matrix in by_input.items():
         todo = {path: chosen[path].recipe for path in paths if path in chosen}

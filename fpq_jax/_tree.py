@@ -1,10 +1,13 @@
 """Parameters as flat dicts: {"layers.0.mlp.up_proj.kernel": leaf}; nested ones only where a library wants them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+
+from fpq_jax._errors import FpqError
 
 Flat = dict[str, Any]
 
@@ -45,7 +48,11 @@ def stored_bytes(tree: Any) -> int:
 def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[str, Any]], Any]:
     """Each leaf of any pytree with its dotted path, and the tree's structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(dotted(path), leaf) for path, leaf in leaves], structure
+    named = [(dotted(path), leaf) for path, leaf in leaves]
+    if len(known := {path for path, _ in named}) < len(named):
+        twice = next(path for path in known if sum(path == other for other, _ in named) > 1)
+        raise FpqError(f"Two leaves of the tree have the path {twice}; name them otherwise.")
+    return named, structure
 
 
 def dotted(path: Any) -> str:
@@ -81,3 +88,16 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _ARRAY = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """A function that is equal to nothing but itself, whatever it is, so that it can be a static argument."""
+
+    function: Callable[..., Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return id(self.function)

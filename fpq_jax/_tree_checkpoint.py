@@ -22,32 +22,32 @@ from fpq_jax._qtensor import QTensor
 from fpq_jax._quantized import axes_of, is_quantized, is_traced
 from fpq_jax._tree import Flat, named_leaves
 
-_PART = "tree"
+_TREE = "tree"
 
 
 def write_tree(folder: Path, tree: Any) -> None:
     """Write a tree's arrays and what they cannot say."""
     named, _ = named_leaves(tree, is_quantized)
     params = {path or "value": leaf for path, leaf in named if is_traced(leaf)}
-    if len(params) < sum(is_traced(leaf) for _, leaf in named):
-        raise FpqError("The tree has several leaves of one path, and cannot be saved.")
     for path, leaf in params.items():
+        if any(isinstance(array, jax.ShapeDtypeStruct) or 0 in array.shape for array in arrays_of(leaf).values()):
+            raise FpqError(f"{path} has no values, and cannot be saved.")
         if not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise FpqError(f"{path} is a random key, which cannot be saved; save the parameters alone.")
     if not params:
         raise FpqError("There is nothing to save: the tree has no arrays.")
     writer = PartsWriter(folder)
     try:
-        entry = writer.write(_PART, params)
+        entry = writer.write(_TREE, params)
         writer.wait()
     finally:
         writer.close()
-    write_json(folder / MANIFEST, {"version": VERSION, _PART: entry})
+    write_json(folder / MANIFEST, {"version": VERSION, _TREE: entry})
 
 
 def is_tree_dir(folder: Path) -> bool:
     """Whether ``write_tree`` wrote this folder."""
-    return _PART in _manifest(folder) if (folder / MANIFEST).is_file() else False
+    return _TREE in _manifest(folder) if (folder / MANIFEST).is_file() else False
 
 
 def read_tree(folder: Path, like: Any) -> Any:
@@ -56,11 +56,11 @@ def read_tree(folder: Path, like: Any) -> Any:
     ``like``: the tree before or after it was quantized, of arrays or shapes, or a function that makes it.
     """
     if callable(like) and jax.tree.leaves(like) == [like]:  # an Equinox module is callable too
-        like = jax.eval_shape(like)
+        like = _made_by(like)
     manifest = _manifest(folder)
     if manifest.get("version") != VERSION:
         raise FpqError(f"{folder} has format version {manifest.get('version')}; this fpq_jax reads version {VERSION}.")
-    entry = manifest[_PART]
+    entry = manifest[_TREE]
     try:
         stored = abstract_part(entry)
     except (KeyError, TypeError, AttributeError, FpqError) as error:
@@ -69,7 +69,7 @@ def read_tree(folder: Path, like: Any) -> Any:
     wanted = {path or "value": leaf for path, leaf in named if is_traced(leaf)}
     _check(folder, stored, wanted)
     where = {path: arrays_of(_shardings(stored[path], leaf)) for path, leaf in wanted.items()}
-    leaves = read_part(folder, _PART, entry, lambda path, part: where[path][part])
+    leaves = read_part(folder, _TREE, entry, lambda path, part: where[path][part])
     return jax.tree.unflatten(structure, [leaves[path or "value"] if is_traced(leaf) else leaf for path, leaf in named])
 
 
@@ -99,14 +99,29 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 def _shardings(stored: Any, like: Any) -> Any:
     """Where each array of a leaf goes."""
-    if isinstance(like, QTensor) and isinstance(stored, QTensor):
+    same = str(jax.tree.structure(like)) == str(jax.tree.structure(stored))
+    if isinstance(like, QTensor) and same:
         return jax.tree.map(_sharding, like)
-    sharding = _sharding(like)
+    sharding = _sharding(None if isinstance(like, QTensor) else like)
     if not isinstance(stored, QTensor):
         return sharding
     if isinstance(sharding, NamedSharding):
         return shardings_like(stored, sharding)
     return jax.tree.map(lambda _: sharding, stored)
+
+
+def _made_by(init: Any) -> Any:
+    """The shapes of what a function makes, whose leaves that are no arrays are as it made them."""
+    kept: list[Any] = []
+
+    def arrays() -> list[Any]:
+        leaves, structure = jax.tree.flatten(init(), is_leaf=is_quantized)
+        kept[:] = structure, [None if is_traced(leaf) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if is_traced(leaf)]
+
+    shapes = iter(jax.eval_shape(arrays))
+    structure, others = kept
+    return jax.tree.unflatten(structure, [next(shapes) if leaf is None else leaf for leaf in others])
 
 
 def _sharding(array: Any) -> jax.sharding.Sharding:

@@ -10,7 +10,7 @@ from fpq_jax._layout import Layout, Product
 from fpq_jax._qtensor import Axes, Kind
 from fpq_jax._quantized import Traced, is_quantized, kernel_of
 from fpq_jax._select import Use, is_parameter
-from fpq_jax._walk import Kernel, Known, Rules, walk
+from fpq_jax._walk import Followed, Known, Place, Rules, walk
 
 
 def find_kernels(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, Use]:
@@ -37,7 +37,7 @@ def follow(one: Any, value: Any, axes: Axes | None) -> Any:
         return kernel_of(one._replace(leaf=value))
     if one.argument != 0 or not is_parameter(one.leaf):
         return value
-    return Kernel(value, one.name, Layout.of(value.shape), value.dtype, axes)
+    return Followed(value, Place(one.name), Layout.of(value.shape), value.dtype, axes)
 
 
 class _Find(Rules):
@@ -49,16 +49,16 @@ class _Find(Rules):
         self._others: dict[str, set[str]] = {}
 
     def product(
-        self, kernel: Kernel, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
+        self, kernel: Followed, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
     ) -> Any:
         if kernel.quantized:
             return None
-        name = _whole(kernel)
+        name = kernel.place.path
         self._products.setdefault(name, []).append(_kinds(kernel.layout, product, self._shapes[name]))
         return bind(x, kernel.array())
 
-    def other(self, kernel: Kernel, use: str) -> None:
-        self._others.setdefault(_whole(kernel), set()).add(use)
+    def other(self, kernel: Followed, use: str) -> None:
+        self._others.setdefault(kernel.place.path, set()).add(use)
 
     def use_of(self, name: str, leaf: Any) -> Use:
         """What was seen of a parameter."""
@@ -94,7 +94,3 @@ def _kinds(layout: Layout, product: Product, shape: tuple[int, ...]) -> dict[int
         if (not left or math.prod(left) < size) and kinds.setdefault(axis, "stack") != "stack":
             return None
     return kinds
-
-
-def _whole(kernel: Kernel) -> str:
-    return kernel.name.rstrip("\0")

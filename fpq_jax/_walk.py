@@ -1,16 +1,16 @@
 """Follow parameters through any function to the products in which they are used.
 
-A function is traced to a jaxpr, and the jaxpr is evaluated with some of its inputs being Kernels. What moves one
+A function is traced to a jaxpr, and the jaxpr is evaluated with some of its inputs being followed. What moves one
 (transposing, reshaping, casting, taking an index of a stack) moves its layout; a product is handed to the rules;
-whatever else takes one is told to them and gets an array. Loops, branches and calls that a Kernel enters are evaluated
-with it inside; everything else is bound as it was traced, custom derivatives and all.
+whatever else takes one is told to them and gets an array. Loops, branches and calls that one enters are evaluated with
+it inside; everything else is bound as it was traced, custom derivatives and all.
 
 Rules may record arrays at products, as in taking Hessians. What is recorded inside of a loop comes out of it: added up
-over the steps, or, of a Kernel that is scanned over, with an axis for them.
+over the steps, or, of a parameter that is scanned over, with an axis for them.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,20 +22,36 @@ from jaxtyping import Array
 from fpq_jax._layout import Factor, Layout, Product, laid_out
 from fpq_jax._qtensor import Axes, QTensor, dequantize
 
-_SCANNED = "\0"  # ends the name of a kernel inside of the scan that is over its stack
-Together = tuple[str, ...]
+
+class Place(NamedTuple):
+    """Which parameter, and which part of its stack. parts: by axis, (axis, start, stop). scans: of each scan over its
+    stack that this is inside of, (which scan, where among the stack's axes the one is that it is over)."""
+
+    path: str
+    parts: tuple[tuple[int, int, int], ...] = ()
+    scans: tuple[tuple[int, int], ...] = ()
+
+    def cut(self, axis: int, start: int, size: int) -> "Place":
+        """A part of what this is."""
+        begins = {part[0]: part[1] for part in self.parts}
+        first = begins.get(axis, 0) + start
+        others = [part for part in self.parts if part[0] != axis]
+        return self._replace(parts=tuple(sorted([*others, (axis, first, first + size)])))
+
+
+Together = tuple[Place, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Kernel:
+class Followed:
     """A parameter on its way: a QTensor, which never moves, or an array, which is as ``layout`` says.
 
     axes: what the parameter's axes are, None while that is not known.
     """
 
     value: Any
-    name: str = field(metadata={"static": True})
+    place: Place = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     axes: Axes | None = field(default=None, metadata={"static": True})
@@ -61,7 +77,7 @@ class Kernel:
         assert self.axes is not None
         return laid_out(dequantize(self.value, self.dtype), self.layout, self.axes)
 
-    def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "Kernel":
+    def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "Followed":
         """With another layout, which ``move`` gives to an array."""
         return replace(self, layout=layout, value=self.value if self.quantized else move(self.value))
 
@@ -76,22 +92,22 @@ class Kernel:
 
 
 class Rules:
-    """What is done where a Kernel is used. records: whether ``product`` gives anything to record."""
+    """What is done where a Followed is used. records: whether ``product`` gives anything to record."""
 
     records = False
 
     def product(
-        self, kernel: Kernel, x: Any, product: Product, known: "Known", bind: Callable[..., Any], dtype: Any
+        self, kernel: Followed, x: Any, product: Product, known: "Known", bind: Callable[..., Any], dtype: Any
     ) -> Any:
         """The product's result in ``dtype``; ``bind``: of x and an array. None: it is not of inputs and a weight."""
         raise NotImplementedError
 
-    def other(self, kernel: Kernel, use: str) -> None:
+    def other(self, kernel: Followed, use: str) -> None:
         """It is used as an array."""
 
-    def part(self, kernel: Kernel, axis: Factor, start: Any, size: int) -> str:
-        """The name of what is cut out of its stack."""
-        return kernel.name
+    def part(self, kernel: Followed, axis: Factor, start: Any, size: int) -> Place:
+        """The place of what is cut out of its stack."""
+        return kernel.place
 
 
 Merge = Callable[[Array, Array], Array]
@@ -100,7 +116,7 @@ Merge = Callable[[Array, Array], Array]
 class Site(NamedTuple):
     """What is recorded of an input, and the kernels that see it."""
 
-    names: list[str]
+    places: list[Place]
     value: Array
 
 
@@ -132,16 +148,21 @@ class Known:
         self._sites.append(Site([], value))
         return self._sites[-1]
 
-    def record(self, names: Together, value: Array) -> None:
+    def record(self, places: Together, value: Array) -> None:
         """A record of kernels; it merges with others of the same."""
-        self._records[names] = self._merge(self._records[names], value) if names in self._records else value
+        add(self._records, places, value, self._merge)
 
     def records(self) -> dict[Together, Array]:
         """All of them."""
         while self._sites:
-            names, value = self._sites.pop()
-            self.record(tuple(names), value)
+            places, value = self._sites.pop()
+            self.record(tuple(places), value)
         return self._records
+
+
+def add(records: dict[Any, Array], key: Any, value: Array, merge: Merge) -> None:
+    """Put a record to others, or merge it with the one of its key."""
+    records[key] = merge(records[key], value) if key in records else value
 
 
 class Outcome(NamedTuple):
@@ -152,7 +173,7 @@ class Outcome(NamedTuple):
 
 
 def walk(jaxpr: Any, arguments: Sequence[Any], rules: Rules, merge: Merge = jnp.add) -> Outcome:
-    """Evaluate a jaxpr; arguments may be Kernels, and results are those that come back as they were.
+    """Evaluate a jaxpr; arguments may be Followed, and results are those that come back as they were.
 
     ``merge``: two records of the same kernels.
     """
@@ -167,6 +188,8 @@ class _Walk:
         self.rules = rules
         self.merge = merge
         self.known = Known(merge)
+        self.scans = 0
+        self.called: dict[int, tuple[list[Place | None], Callable[..., Any]]] = {}  # by jaxpr
 
     def inside(self, jaxpr: Any, arguments: Sequence[Any]) -> Outcome:
         """Evaluate what is a function of its own, with records of its own."""
@@ -177,28 +200,34 @@ class _Walk:
         finally:
             self.known = outer
 
-    def arrays_inside(self, jaxpr: Any, arguments: Sequence[Any]) -> Outcome:
-        """``inside``, with arrays for results."""
+    def arrays_inside(self, jaxpr: Any, arguments: Sequence[Any], same: Any = ()) -> Outcome:
+        """``inside``, with arrays for results, and None for those in ``same``."""
         outputs, records = self.inside(jaxpr, arguments)
-        return Outcome([self.array(out, "a result of a loop or a branch") for out in outputs], records)
+        use = "a result of a loop or a branch"
+        return Outcome([None if i in same else self.array(out, use) for i, out in enumerate(outputs)], records)
 
     def run(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         consts = getattr(jaxpr, "consts", ())
         values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
         read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]
-        for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            with ExitStack() as scope:
-                if scopes := str(eqn.source_info.name_stack):
-                    scope.enter_context(jax.named_scope(scopes))
-                scope.enter_context(eqn.ctx.manager)
-                results = self.evaluate(eqn, operands)
-            values.update(zip(eqn.outvars, results, strict=True))
+        within: Any = None
+        with ExitStack() as scope:
+            for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+                # the names and options that it was traced under; entered where they change
+                context = (str(eqn.source_info.name_stack), eqn.ctx)
+                if context != within:
+                    scope.close()
+                    if context[0]:
+                        scope.enter_context(jax.named_scope(context[0]))
+                    scope.enter_context(eqn.ctx.manager)
+                    within = context
+                results = self.evaluate(eqn, [read(atom) for atom in eqn.invars])
+                values.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
         name = eqn.primitive.name
-        if not any(isinstance(operand, Kernel) for operand in operands):
+        if not any(isinstance(operand, Followed) for operand in operands):
             if name in _SAME_EVERYWHERE:
                 return self.known.once((name, str(eqn.params)), operands, lambda: _bind(eqn, operands))
             return _bind(eqn, operands)
@@ -207,33 +236,34 @@ class _Walk:
         if name == "dot_general":
             if (result := self.product(eqn, operands)) is not None:
                 return [result]
-        elif (move := _MOVES.get(name)) is not None and isinstance(operands[0], Kernel):
+        elif (move := _MOVES.get(name)) is not None and isinstance(operands[0], Followed):
             if (moved := move(self, eqn, operands)) is not None:
                 return moved
-        both = name == "dot_general" and all(isinstance(operand, Kernel) for operand in operands)
+        both = name == "dot_general" and all(isinstance(operand, Followed) for operand in operands)
         use = "a product with another parameter" if both else name
         return _bind(eqn, [self.array(operand, use) for operand in operands])
 
     def array(self, value: Any, use: str) -> Any:
-        """A value as an array; the rules are told of a Kernel that had to become one."""
-        if not isinstance(value, Kernel):
+        """A value as an array; the rules are told of a Followed that had to become one."""
+        if not isinstance(value, Followed):
             return value
         self.rules.other(value, use)
         return value.array()
 
     def product(self, eqn: Any, operands: list[Any]) -> Any:
-        kernel_first = isinstance(operands[0], Kernel)
+        kernel_first = isinstance(operands[0], Followed)
         kernel, x = operands if kernel_first else operands[::-1]
-        if isinstance(x, Kernel):
+        if isinstance(x, Followed) or not jnp.issubdtype(x.dtype, jnp.floating):
             return None
         bind = lambda x, w: _bind(eqn, [w, x] if kernel_first else [x, w])[0]
         product = Product.of(eqn.params["dimension_numbers"], kernel_first)
-        return self.rules.product(kernel, x, product, self.known, bind, eqn.outvars[0].aval.dtype)
+        with _precision(eqn.params["precision"]):
+            return self.rules.product(kernel, x, product, self.known, bind, eqn.outvars[0].aval.dtype)
 
     def record(self, records: dict[Together, Array]) -> None:
         """Add what was recorded inside of something to what is known here."""
-        for names, value in records.items():
-            self.known.record(names, value)
+        for places, value in records.items():
+            self.known.record(places, value)
 
     # what a kernel is in from here on
 
@@ -241,32 +271,52 @@ class _Walk:
         """A function that is called: jit, and functions with derivatives of their own."""
         constrained = lambda values, shardings: [
             jax.lax.with_sharding_constraint(value, sharding)
-            if isinstance(sharding, jax.sharding.Sharding) and not isinstance(value, Kernel)
+            if isinstance(sharding, jax.sharding.Sharding) and not isinstance(value, Followed)
             else value
             for value, sharding in zip(values, shardings or [None] * len(values), strict=True)
         ]
         jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-        outputs = self.run(jaxpr, constrained(operands, eqn.params.get("in_shardings")))
+        operands = constrained(operands, eqn.params.get("in_shardings"))
+        if self.rules.records or len(jaxpr.eqns) < _WORTH_A_CALL:
+            outputs = self.run(jaxpr, operands)
+        else:
+            outputs = self.call_once_traced(jaxpr, operands)
         return constrained(outputs, eqn.params.get("out_shardings"))
 
+    def call_once_traced(self, jaxpr: Any, operands: list[Any]) -> list[Any]:
+        """What many layers call is traced once, with the places that the first of them had."""
+        own = [operand.place if isinstance(operand, Followed) else None for operand in operands]
+        if id(jaxpr) not in self.called:
+            function = lambda operands: self.inside(jaxpr, _renamed(operands, own)).outputs
+            self.called[id(jaxpr)] = own, jax.jit(function)
+        first, function = self.called[id(jaxpr)]
+        outputs = function(_renamed(operands, [place and Place("") for place in own]))
+        back = dict(zip(first, own, strict=True))
+        return _renamed(outputs, [back[out.place] if isinstance(out, Followed) else None for out in outputs])
+
     def remat(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        jaxpr = eqn.params["jaxpr"]
+        same = _forwarded(jaxpr)
         again = partial(jax.checkpoint, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-        function = again(lambda *arguments: self.arrays_inside(eqn.params["jaxpr"], arguments))
+        function = again(lambda *arguments: self.arrays_inside(jaxpr, arguments, same))
         outputs, records = function(*operands)
         self.record(records)
-        return outputs
+        return _with_forwarded(outputs, same, operands)
 
     def cond(self, eqn: Any, operands: list[Any]) -> list[Any]:
         index, *arguments = operands
-        branch = lambda jaxpr, empty, *arguments: self._filled(self.arrays_inside(jaxpr, arguments), empty)
+        jaxprs = eqn.params["branches"]
+        forwarded = [_forwarded(jaxpr).items() for jaxpr in jaxprs]
+        same = dict(set.intersection(*map(set, forwarded)))
+        branch = lambda jaxpr, empty, *arguments: self._filled(self.arrays_inside(jaxpr, arguments, same), empty)
         empty: dict[Together, Array] = {}
         if self.rules.records:
-            for jaxpr in eqn.params["branches"]:
-                empty |= self._empty(lambda *a, jaxpr=jaxpr: self.arrays_inside(jaxpr, a).records, *arguments)
-        branches = [partial(branch, jaxpr, empty) for jaxpr in eqn.params["branches"]]
+            for jaxpr in jaxprs:
+                empty |= self._empty(lambda *a, jaxpr=jaxpr: self.arrays_inside(jaxpr, a, same).records, *arguments)
+        branches = [partial(branch, jaxpr, empty) for jaxpr in jaxprs]
         outputs, records = jax.lax.switch(index, branches, *arguments)
         self.record(records)
-        return outputs
+        return _with_forwarded(outputs, same, arguments)
 
     def while_loop(self, eqn: Any, operands: list[Any]) -> list[Any]:
         p = eqn.params
@@ -274,40 +324,51 @@ class _Walk:
         end = cond_end + p["body_nconsts"]
         in_cond, in_body, start = operands[:cond_end], operands[cond_end:end], operands[end:]
         start = [self.array(value, "a while loop's carry") for value in start]
-        step = lambda carry: self.arrays_inside(p["body_jaxpr"], [*in_body, *carry])
-        empty = self._empty(lambda *carry: step(carry).records, *start) if self.rules.records else {}
+        asked = lambda carry: self.inside(p["cond_jaxpr"], [*in_cond, *carry])
+
+        def step(carry):
+            outputs, records = self.arrays_inside(p["body_jaxpr"], [*in_body, *carry])
+            if self.rules.records:
+                for places, value in asked(carry).records.items():
+                    add(records, places, value, self.merge)
+            return outputs, records
+
+        empty = self._empty(lambda *carry: step(carry)[1], *start) if self.rules.records else {}
 
         def body(state):
             carry, records = state
             outputs, new = step(carry)
             return outputs, self._merged(records, new)
 
-        condition = lambda state: self.inside(p["cond_jaxpr"], [*in_cond, *state[0]]).outputs[0]
-        outputs, records = jax.lax.while_loop(condition, body, (start, empty))
+        outputs, records = jax.lax.while_loop(lambda state: asked(state[0]).outputs[0], body, (start, empty))
         self.record(records)
+        if self.rules.records:  # it is asked once more than there are steps
+            self.record(asked(outputs).records)
         return outputs
 
     def scan(self, eqn: Any, operands: list[Any]) -> list[Any]:
         consts, start, xs = _scan_groups(eqn.params, operands)
         start = [self.array(value, "a scan's carry") for value in start]
         scanned = [self._scannable(x) for x in xs]
-        place = {x.name + _SCANNED: self._place(x) for x in scanned if isinstance(x, Kernel)}
+        self.scans += 1
+        this = self.scans
 
         def step(carry, values):
-            inner = [_step_of(x, value) for x, value in zip(scanned, values, strict=True)]
+            inner = [_step_of(x, value, this) for x, value in zip(scanned, values, strict=True)]
             outputs, records = self.arrays_inside(eqn.params["jaxpr"], [*consts, *carry, *inner])
             each: dict[Any, Array] = {}
             every: dict[Together, Array] = {}
-            for names, value in records.items():
+            for places, value in records.items():
                 # a stack's own records have an axis for the steps, all others are merged
-                for where in {place[n] for n in names if n in place}:
-                    own = tuple(n.removesuffix(_SCANNED) for n in names if place.get(n) == where)
-                    each[own, where] = value
-                if others := tuple(n for n in names if n not in place):
-                    every[others] = value
+                inside = [place for place in places if place.scans and place.scans[-1][0] == this]
+                for where in {place.scans[-1][1] for place in inside}:
+                    own = (place._replace(scans=place.scans[:-1]) for place in inside if place.scans[-1][1] == where)
+                    add(each, (tuple(own), where), value, self.merge)
+                if others := tuple(place for place in places if place not in inside):
+                    add(every, others, value, self.merge)
             return outputs, each, every
 
-        stacked = [x.value if isinstance(x, Kernel) else x for x in scanned]
+        stacked = [x.value if isinstance(x, Followed) else x for x in scanned]
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
         empty = self._empty(lambda *carry: step(carry, one_of(one))[2], *start) if self.rules.records else {}
 
@@ -324,7 +385,7 @@ class _Walk:
 
     def _scannable(self, value: Any) -> Any:
         """With the stack that is scanned over in front."""
-        if not isinstance(value, Kernel):
+        if not isinstance(value, Followed):
             return value
         factor = value.stack_axis(0)
         if factor is None:
@@ -333,19 +394,12 @@ class _Walk:
             return value
         return replace(value, value=jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), value.value))
 
-    @staticmethod
-    def _place(kernel: Kernel) -> int:
-        """Where among its stack axes the one is that is scanned over."""
-        return 0 if kernel.axes is None else kernel.stack.index(kernel.layout.axes[0][0])
-
     def _empty(self, function: Callable[..., dict[Together, Array]], *arguments: Any) -> dict[Together, Array]:
         """What merges with the function's records to what they are."""
-        shapes = jax.eval_shape(function, *arguments)
-        neutral = 0 if self.merge is jnp.add else -jnp.inf
-        return {names: jnp.full(shape.shape, neutral, shape.dtype) for names, shape in shapes.items()}
+        return empty(jax.eval_shape(function, *arguments), self.merge)
 
     def _merged(self, records: dict[Together, Array], new: dict[Together, Array]) -> dict[Together, Array]:
-        return {names: self.merge(value, new[names]) for names, value in records.items()}
+        return {places: self.merge(value, new[places]) for places, value in records.items()}
 
     def _filled(self, outcome: Outcome, empty: dict[Together, Array]) -> Outcome:
         return outcome._replace(records=empty | outcome.records)
@@ -380,9 +434,9 @@ class _Walk:
 
     def barrier(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """Each operand as it is; arrays are behind the barrier, and so are those of QTensors."""
-        values = [operand.value if isinstance(operand, Kernel) else operand for operand in operands]
+        values = [operand.value if isinstance(operand, Followed) else operand for operand in operands]
         return [
-            replace(operand, value=done) if isinstance(operand, Kernel) else done
+            replace(operand, value=done) if isinstance(operand, Followed) else done
             for operand, done in zip(operands, jax.lax.optimization_barrier(values), strict=True)
         ]
 
@@ -397,7 +451,7 @@ class _Walk:
 
     def dynamic_slice(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
         kernel, *starts = operands
-        if any(isinstance(start, Kernel) for start in starts):
+        if any(isinstance(start, Followed) for start in starts):
             return None
         cut = lambda w: _bind(eqn, [w, *starts])[0]
         part = self._part(kernel, list(eqn.params["slice_sizes"]), starts, cut)
@@ -428,7 +482,7 @@ class _Walk:
             parts.append(part.moved(layout, lambda w: jnp.squeeze(w, axis)))
         return parts
 
-    def _part(self, kernel: Kernel, sizes: list[int], starts: Any, cut: Callable[[Array], Array]) -> Kernel | None:
+    def _part(self, kernel: Followed, sizes: list[int], starts: Any, cut: Callable[[Array], Array]) -> Followed | None:
         """Some of a stack; None where anything else is cut."""
         changed = [axis for axis, size in enumerate(sizes) if size != kernel.shape[axis]]
         if not changed:
@@ -442,15 +496,44 @@ class _Walk:
             value = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, at), value)
         axes = list(kernel.layout.axes)
         axes[axis] = (factor._replace(size=size),)
-        name = self.rules.part(kernel, factor, start, size)
-        return replace(kernel, name=name, layout=Layout(tuple(axes)), value=value if kernel.quantized else cut(value))
+        place = self.rules.part(kernel, factor, start, size)
+        return replace(kernel, place=place, layout=Layout(tuple(axes)), value=value if kernel.quantized else cut(value))
 
 
-def _step_of(x: Any, value: Any) -> Any:
+def _renamed(values: Sequence[Any], places: Sequence[Place | None]) -> list[Any]:
+    return [v if place is None else replace(v, place=place) for v, place in zip(values, places, strict=True)]
+
+
+def _step_of(x: Any, value: Any, scan: int) -> Any:
     """What a step of a scan sees of ``x``."""
-    if not isinstance(x, Kernel):
+    if not isinstance(x, Followed):
         return value
-    return replace(x, value=value, name=x.name + _SCANNED, layout=x.layout.without(0))
+    where = 0 if x.axes is None else x.stack.index(x.layout.axes[0][0])
+    place = x.place._replace(scans=(*x.place.scans, (scan, where)))
+    return replace(x, value=value, place=place, layout=x.layout.without(0))
+
+
+def empty(shapes: dict[Together, Any], merge: Merge) -> dict[Together, Array]:
+    """Records of these shapes that change nothing when they are merged."""
+    neutral = 0 if merge is jnp.add else -jnp.inf
+    return {places: jnp.full(shape.shape, neutral, shape.dtype) for places, shape in shapes.items()}
+
+
+def _forwarded(jaxpr: Any) -> dict[int, int]:
+    """Results that are arguments as they came: by a result's index, the argument's."""
+    arguments = {id(var): i for i, var in enumerate(jaxpr.invars)}
+    return {i: arguments[id(out)] for i, out in enumerate(jaxpr.outvars) if id(out) in arguments}
+
+
+def _with_forwarded(outputs: Sequence[Any], same: dict[int, int], arguments: Sequence[Any]) -> list[Any]:
+    return [arguments[same[i]] if i in same else out for i, out in enumerate(outputs)]
+
+
+def _precision(precision: Any) -> Any:
+    """What a product was traced with, for what takes its place."""
+    if not isinstance(precision, tuple) or precision[0] is None:
+        return nullcontext()
+    return jax.default_matmul_precision(precision[0].name.lower())
 
 
 def one_of(shapes: Any) -> Any:
@@ -479,6 +562,7 @@ def _scan_groups(params: dict[str, Any], operands: list[Any]) -> tuple[list[Any]
     return list(consts.vals), list(carry.vals), list(xs.vals)
 
 
+_WORTH_A_CALL = 12  # equations of a function that is traced once for all its calls, not inlined
 _SAME_EVERYWHERE = frozenset(
     ("convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
 )
@@ -503,6 +587,7 @@ _MOVES: dict[str, Callable[[_Walk, Any, list[Any]], list[Any] | None]] = {
     "convert_element_type": _Walk.cast,
     "copy": _Walk.same,
     "copy_p": _Walk.same,
+    "device_put": _Walk.same,
     "name": _Walk.same,
     "stop_gradient": _Walk.same,
     "sharding_constraint": _Walk.same,

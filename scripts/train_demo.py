@@ -97,6 +97,10 @@ class Options:
     seed: int = 0
 
 
+def _forward(model: Any, tokens: Any) -> Any:
+    return model(tokens)
+
+
 def docstrings() -> list[str]:
     """Every docstring of the standard library's modules, tests excepted, in the order of their files."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -194,8 +198,7 @@ def train(options: Options, tokens: np.ndarray, valid: dict[str, np.ndarray]) ->
                 done = i + 1
                 if done % options.evaluate_every == 0 or done == options.steps:
                     model = nnx.merge(graph, state)
-                    forward = lambda model, tokens: model(tokens)
-                    losses = {name: math.log(perplexity(forward, model, text).value) for name, text in valid.items()}
+                    losses = {name: math.log(perplexity(_forward, model, text).value) for name, text in valid.items()}
                     row = {"step": done, "train": float(loss), "valid": losses, "seconds": round(time.time() - began)}
                     with (options.work_dir / "log.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")

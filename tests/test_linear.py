@@ -264,3 +264,9 @@ def test_gradients_are_of_the_dequantized_weight(activation):
     # scales are constants
     by_scale = jax.grad(lambda s: linear(x, dataclasses.replace(q, row_scale=s)).sum())(q.row_scale)
     assert not bool(by_scale.any())
+
+
+def test_exponents_that_do_not_expand_exactly_are_refused():
+    q = quantize_array(jnp.ones((32, 8)), QuantSpec(constraint="m2", group_size=16))
+    with pytest.raises(FpqError, match="Exponents -20 to -20 are outside -8 to 6"):
+        linear(jnp.ones((2, 32)), dataclasses.replace(q, exponents=q.exponents * 0 - 20))

@@ -45,6 +45,11 @@ def test_nothing_to_train_is_an_error():
     for params in (_params("int8"), {"b": _params()["b"], "bias": jnp.ones(3)}):
         with pytest.raises(fpq.FpqError, match="There is nothing to train"):
             fpq.partition(params)
+    with pytest.raises(fpq.FpqError, match="combine takes what is trained first"):
+        fpq.combine(*fpq.partition(_params())[::-1])
+    for how, weight in (("e4m3", jnp.ones((2, 2))), (SPEC, jnp.ones(4))):
+        with pytest.raises(fpq.FpqError, match=r"how is 'e4m3'|has no inputs and outputs"):
+            fpq.straight_through(weight, how)
     with pytest.raises(fpq.FpqError, match="train is 'everything'; it must be low_rank or all"):
         fpq.partition(_params(), "everything")
 
@@ -86,6 +91,9 @@ def test_rounding_that_gradients_pass_straight_through(how):
     weight = _normal(2, *w.shape)
     gradient = jax.jit(jax.grad(lambda w: jnp.sum(weight * fpq.straight_through(w, how))))(w)
     np.testing.assert_array_equal(gradient, weight)
+    f = lambda w: jnp.sum(fpq.straight_through(w, how) ** 3)
+    second = jax.jvp(jax.grad(f), (w,), (weight,))[1]
+    np.testing.assert_allclose(second, 6 * expected * weight, rtol=1e-4, atol=1e-4)
     half = fpq.straight_through(w.astype(jnp.bfloat16), how)
     assert half.dtype == jnp.bfloat16
     _, tangent = jax.jvp(lambda w: fpq.straight_through(w, how), (w,), (weight,))

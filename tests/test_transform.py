@@ -64,8 +64,9 @@ def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_lla
             np.testing.assert_allclose(mean, matrix, atol=1e-5 * float(jnp.abs(matrix).max()))
         # not sequentially: through the layer as it is, with activations quantized, as collect_hessians does it
         hidden = _observed(layer, hidden, positions, todo)
-    for path in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        name = f"layers.0.self_attn.{path}.kernel"
+    first = [name for name in names if name.startswith("layers.0.")]
+    assert len(first) == 7
+    for name in first:
         _same(leaves[name], pipeline[name])
 
     # block after block, it is the pipeline
@@ -246,11 +247,32 @@ def test_mistakes_are_said():
         fpq.quantize_params(params, PLAIN, {"a.kernel": jnp.zeros((16, 16))})
     with error("The static activation scale of a.kernel needs calibration"):
         fpq.quantize_params(params, PLAIN.with_rule("a.*", activation_scale="static"))
+    with error("Two leaves of the tree have the path a.kernel"):
+        fpq.quantize_params({"a.kernel": w, "a": {"kernel": w}}, PLAIN)
+    with error("Nothing is known of a.kernel"):
+        fpq.quantize_params(params, PLAIN, uses={})
+    with error("a.kernel is a shape without values"):
+        fpq.quantize_params({"a": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}, PLAIN)
+    with error("leaves every parameter as it is"):
+        fpq.quantize_params({"a": {"kernel": jnp.ones((0, 8))}}, PLAIN)
     with error("a.kernel is traced, and GPTQ is not to be"):
         jax.jit(lambda p: fpq.quantize_params(p, PLAIN, {"a.kernel": jnp.eye(16)}))(params)
     small = fpq.quantize_params(params, PLAIN)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda p: fpq.quantize_params(p, PLAIN))(params), small)
-    with error("a.kernel, which 'a.kernel' means, cannot be quantized: it is quantized already"):
-        fpq.quantize_params(small, PLAIN.with_rule("a.kernel"))
-    again = fpq.quantize_params(small, PLAIN)
+    again = fpq.quantize_params(small, PLAIN.with_rule("a.kernel"))  # it was done before
     jax.tree.map(np.testing.assert_array_equal, again, small)
+
+
+def test_blocks_that_a_rule_leaves_and_parts_whose_rules_are_done():
+    block = lambda p, x: jnp.tanh(x @ p["kernel"])
+    blocks = [(block, {"kernel": _normal(i, 16, 16) / 4}) for i in range(3)]
+    (first, left), (second, done), _ = fpq.quantize_blocks(blocks, [X], PLAIN.with_rule("0.*", quantize=False))
+    assert first["kernel"] is blocks[0][1]["kernel"] and left.left["0.kernel"].startswith("the recipe's rule '0.*'")
+    assert isinstance(second["kernel"], fpq.QTensor) and done.results[0].name == "1.kernel"
+    with pytest.raises(fpq.FpqError, match="leaves every parameter of every block"):
+        list(fpq.quantize_blocks(blocks, [X], PLAIN.with_rule("*", quantize=False)))
+    recipe = PLAIN.with_rule("0.*", weight={"format": "e4m3", "constraint": None, "group_size": "channel"})
+    params, apply = [p for _, p in blocks], lambda p, x: block(p[2], block(p[1], block(p[0], x)))
+    for part in ("0.*", "[12].*"):
+        params = fpq.quantize_params(params, recipe, fpq.collect_hessians(apply, params, [X], recipe, only=part))
+    assert [p["kernel"].spec.format for p in params] == [fpq.E4M3, fpq.E2M1, fpq.E2M1]
