@@ -1,6 +1,6 @@
 """X^T X of what each kernel of a function meets: over batches, over several uses, over the steps of a loop.
 
-Products are taken with quantized activations, as inference will take them. Followed that meet the same inputs share one
+Products are taken with quantized activations, as inference will take them. Kernels that meet the same inputs share one
 Hessian.
 """
 
@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from fpq_jax._activations import fake_quantize_tokens
 from fpq_jax._errors import FpqError
+from fpq_jax._followed import Followed, Known, Place, Rules, Together, empty
 from fpq_jax._gptq import hessian
 from fpq_jax._layout import Factor, Plan, Product, plan
 from fpq_jax._qtensor import Kind
@@ -26,9 +27,9 @@ from fpq_jax._quantized import Input, Multiply, Traced, arranged, is_quantized, 
 from fpq_jax._recipe import Recipe
 from fpq_jax._scales import Scale, range_scale
 from fpq_jax._select import Chosen, Use, select
-from fpq_jax._tree import Same, is_array, named_leaves
+from fpq_jax._tree import Same, is_array, named_leaves, parted, rejoined
 from fpq_jax._uses import find_kernels, follow
-from fpq_jax._walk import Followed, Known, Place, Rules, Together, empty, walk
+from fpq_jax._walk import walk
 
 Mask = Callable[..., Any]
 
@@ -103,11 +104,9 @@ def collect_named(
         raise FpqError(f"only={only!r} fits no kernel that the recipe quantizes.")
     if lenient and not chosen:
         return Hessians({}, {}, uses, True)
-    arrays = [leaf for _, leaf in leaves if is_traced(leaf)]
+    arrays, static = parted([leaf for _, leaf in leaves], is_traced)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays):
         raise FpqError("The parameters are shapes without values; Hessians are collected with the values.")
-    # what is no array, and _ARRAY for what is one
-    static = tuple(_ARRAY if is_traced(leaf) else leaf for _, leaf in leaves)
     names = tuple(path for path, leaf in leaves if is_traced(leaf))
     program = _Recorder(Same(apply_fn), structure, static, names, tuple(chosen.items()), mask and Same(mask))
     static_scales = [path for path, one in chosen.items() if one.recipe.spec.activation_scale == "static"]
@@ -144,13 +143,13 @@ def check_seen(path: str, matrix: Any) -> None:
 class _Recorder:
     """What a batch is recorded with; equal ones, as of blocks that are alike, are compiled once.
 
-    structure, leaves: of the parameters, with _ARRAY in the places of ``names``'s arrays. scaled: kernels of which the
+    structure, others: of the parameters, see ``parted``; names: of their arrays. scaled: kernels of which the
     range of the inputs is recorded, instead of Hessians.
     """
 
     apply_fn: Same
     structure: Any
-    leaves: tuple[Any, ...]
+    others: tuple[Any, ...]
     names: tuple[str, ...]
     chosen: tuple[tuple[str, Chosen], ...]
     mask: Same | None
@@ -183,12 +182,7 @@ class _Recorder:
         return walk(traced.jaxpr, [on_its_way(one) for one in traced.inputs], rules, self.merge).records
 
     def _apply(self, arrays: list[Any], *args: Any) -> Any:
-        values = iter(arrays)
-        leaves = [next(values) if leaf is _ARRAY else leaf for leaf in self.leaves]
-        return self.apply_fn.function(jax.tree.unflatten(self.structure, leaves), *args)
-
-
-_ARRAY = object()
+        return self.apply_fn.function(jax.tree.unflatten(self.structure, rejoined(arrays, self.others)), *args)
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fpq_jax._errors import FpqError
+from fpq_jax._followed import Followed, Known, Place, Rules
 from fpq_jax._layout import Layout, Plan, Product, plan
 from fpq_jax._linear import linears
 from fpq_jax._qtensor import Axes, QTensor
 from fpq_jax._tree import dotted, is_array
-from fpq_jax._walk import Followed, Known, Place, Rules, walk
+from fpq_jax._walk import walk
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -1,6 +1,6 @@
 """Parameters as flat dicts: {"layers.0.mlp.up_proj.kernel": leaf}; nested ones only where a library wants them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,6 +68,17 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def parted(leaves: Sequence[Any], belongs: Callable[[Any], bool] = is_array) -> tuple[list[Any], tuple[Any, ...]]:
+    """(the leaves that ``belongs`` says are arrays, the others with a mark in their places)."""
+    return [leaf for leaf in leaves if belongs(leaf)], tuple(_ARRAY if belongs(leaf) else leaf for leaf in leaves)
+
+
+def rejoined(arrays: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The inverse of ``parted``."""
+    values = iter(arrays)
+    return [next(values) if other is _ARRAY else other for other in others]
+
+
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """``jax.jit`` of a function whose arguments may have leaves that are no arrays, as Equinox's models do; such leaves
     have to be hashable."""
@@ -75,14 +86,12 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     @partial(jax.jit, static_argnums=1)
     def flat(arrays: list[Any], static: tuple[Any, tuple[Any, ...]]) -> Any:
         structure, others = static
-        values = iter(arrays)
-        leaves = [next(values) if other is _ARRAY else other for other in others]
-        return function(*jax.tree.unflatten(structure, leaves))
+        return function(*jax.tree.unflatten(structure, rejoined(arrays, others)))
 
     def call(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        others = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
-        return flat([leaf for leaf in leaves if is_array(leaf)], (structure, others))
+        arrays, others = parted(leaves)
+        return flat(arrays, (structure, others))
 
     return call
 

@@ -20,7 +20,7 @@ from fpq_jax._parts import MANIFEST, VERSION, PartsWriter, abstract_part, arrays
 from fpq_jax._placing import shardings_like
 from fpq_jax._qtensor import QTensor
 from fpq_jax._quantized import axes_of, is_quantized, is_traced
-from fpq_jax._tree import Flat, named_leaves
+from fpq_jax._tree import Flat, named_leaves, parted, rejoined
 
 _TREE = "tree"
 
@@ -116,12 +116,13 @@ def _made_by(init: Any) -> Any:
 
     def arrays() -> list[Any]:
         leaves, structure = jax.tree.flatten(init(), is_leaf=is_quantized)
-        kept[:] = structure, [None if is_traced(leaf) else leaf for leaf in leaves]
-        return [leaf for leaf in leaves if is_traced(leaf)]
+        found, others = parted(leaves, is_traced)
+        kept[:] = structure, others
+        return found
 
-    shapes = iter(jax.eval_shape(arrays))
+    shapes = jax.eval_shape(arrays)
     structure, others = kept
-    return jax.tree.unflatten(structure, [next(shapes) if leaf is None else leaf for leaf in others])
+    return jax.tree.unflatten(structure, rejoined(shapes, others))
 
 
 def _sharding(array: Any) -> jax.sharding.Sharding:

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 
+from fpq_jax._followed import Followed, Known, Place, Rules
 from fpq_jax._layout import Layout, Product
 from fpq_jax._qtensor import Axes, Kind
 from fpq_jax._quantized import Traced, is_quantized, kernel_of
 from fpq_jax._select import Use, is_parameter
-from fpq_jax._walk import Followed, Known, Place, Rules, walk
+from fpq_jax._walk import walk
 
 
 def find_kernels(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, Use]:

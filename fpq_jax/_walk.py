@@ -11,7 +11,7 @@ over the steps, or, of a parameter that is scanned over, with an axis for them.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,150 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fpq_jax._layout import Factor, Layout, Product, laid_out
-from fpq_jax._qtensor import Axes, QTensor, dequantize
-
-
-class Place(NamedTuple):
-    """Which parameter, and which part of its stack. parts: by axis, (axis, start, stop). scans: of each scan over its
-    stack that this is inside of, (which scan, where among the stack's axes the one is that it is over)."""
-
-    path: str
-    parts: tuple[tuple[int, int, int], ...] = ()
-    scans: tuple[tuple[int, int], ...] = ()
-
-    def cut(self, axis: int, start: int, size: int) -> "Place":
-        """A part of what this is."""
-        begins = {part[0]: part[1] for part in self.parts}
-        first = begins.get(axis, 0) + start
-        others = [part for part in self.parts if part[0] != axis]
-        return self._replace(parts=tuple(sorted([*others, (axis, first, first + size)])))
-
-
-Together = tuple[Place, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Followed:
-    """A parameter on its way: a QTensor, which never moves, or an array, which is as ``layout`` says.
-
-    axes: what the parameter's axes are, None while that is not known.
-    """
-
-    value: Any
-    place: Place = field(metadata={"static": True})
-    layout: Layout = field(metadata={"static": True})
-    dtype: Any = field(metadata={"static": True})
-    axes: Axes | None = field(default=None, metadata={"static": True})
-
-    @property
-    def quantized(self) -> bool:
-        return isinstance(self.value, QTensor)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.layout.shape
-
-    @property
-    def stack(self) -> tuple[Factor, ...]:
-        """The factors of its stack, in the order of the parameter."""
-        assert self.axes is not None
-        return tuple(f for f in self.layout.factors if self.axes.kinds[f.axis] == "stack")
-
-    def array(self) -> Array:
-        """What it stands for."""
-        if not self.quantized:
-            return self.value
-        assert self.axes is not None
-        return laid_out(dequantize(self.value, self.dtype), self.layout, self.axes)
-
-    def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "Followed":
-        """With another layout, which ``move`` gives to an array."""
-        return replace(self, layout=layout, value=self.value if self.quantized else move(self.value))
-
-    def stack_axis(self, axis: int) -> Factor | None:
-        """The factor that ``axis`` is, if it may be one axis of a stack as the parameter has it."""
-        factors = self.layout.axes[axis]
-        if len(factors) != 1 or len(factors[0].key) > 1:
-            return None
-        if self.axes is not None and self.axes.kinds[factors[0].axis] != "stack":
-            return None
-        return factors[0]
-
-
-class Rules:
-    """What is done where a Followed is used. records: whether ``product`` gives anything to record."""
-
-    records = False
-
-    def product(
-        self, kernel: Followed, x: Any, product: Product, known: "Known", bind: Callable[..., Any], dtype: Any
-    ) -> Any:
-        """The product's result in ``dtype``; ``bind``: of x and an array. None: it is not of inputs and a weight."""
-        raise NotImplementedError
-
-    def other(self, kernel: Followed, use: str) -> None:
-        """It is used as an array."""
-
-    def part(self, kernel: Followed, axis: Factor, start: Any, size: int) -> Place:
-        """The place of what is cut out of its stack."""
-        return kernel.place
-
-
-Merge = Callable[[Array, Array], Array]
-
-
-class Site(NamedTuple):
-    """What is recorded of an input, and the kernels that see it."""
-
-    places: list[Place]
-    value: Array
-
-
-class Known:
-    """What was computed at one level of a function, so that equal inputs are known to be one, and what was recorded."""
-
-    def __init__(self, merge: Merge) -> None:
-        self._merge = merge
-        self._results: dict[Any, Any] = {}
-        self._inputs: dict[Any, tuple[Any, dict[Any, Any]]] = {}
-        self._records: dict[Together, Array] = {}
-        self._sites: list[Site] = []
-        self._alive: list[Any] = []  # so that no id is used twice
-
-    def of_input(self, x: Any, how: Any) -> dict[Any, Any]:
-        """A place to keep what depends on ``x``, taken in the way ``how``, alone."""
-        return self._inputs.setdefault((id(x), how), (x, {}))[1]
-
-    def once(self, key: Any, operands: Sequence[Any], compute: Callable[[], Any]) -> Any:
-        """The result of an operation, the same one for the same operands."""
-        whole = (key, tuple(map(id, operands)))
-        if whole not in self._results:
-            self._alive.append(operands)
-            self._results[whole] = compute()
-        return self._results[whole]
-
-    def site(self, value: Array) -> Site:
-        """A record of kernels whose names are added to it."""
-        self._sites.append(Site([], value))
-        return self._sites[-1]
-
-    def record(self, places: Together, value: Array) -> None:
-        """A record of kernels; it merges with others of the same."""
-        add(self._records, places, value, self._merge)
-
-    def records(self) -> dict[Together, Array]:
-        """All of them."""
-        while self._sites:
-            places, value = self._sites.pop()
-            self.record(tuple(places), value)
-        return self._records
-
-
-def add(records: dict[Any, Array], key: Any, value: Array, merge: Merge) -> None:
-    """Put a record to others, or merge it with the one of its key."""
-    records[key] = merge(records[key], value) if key in records else value
+from fpq_jax._followed import Followed, Known, Merge, Place, Rules, Together, add, empty
+from fpq_jax._layout import Product
+from fpq_jax._moves import MOVES, bind
 
 
 class Outcome(NamedTuple):
@@ -173,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 def walk(jaxpr: Any, arguments: Sequence[Any], rules: Rules, merge: Merge = jnp.add) -> Outcome:
-    """Evaluate a jaxpr; arguments may be Followed, and results are those that come back as they were.
+    """Evaluate a jaxpr; arguments may be followed parameters, and results are those that come back as they were.
 
     ``merge``: two records of the same kernels.
     """
@@ -229,22 +88,22 @@ class _Walk:
         name = eqn.primitive.name
         if not any(isinstance(operand, Followed) for operand in operands):
             if name in _SAME_EVERYWHERE:
-                return self.known.once((name, str(eqn.params)), operands, lambda: _bind(eqn, operands))
-            return _bind(eqn, operands)
+                return self.known.once((name, str(eqn.params)), operands, lambda: bind(eqn, operands))
+            return bind(eqn, operands)
         if (rule := _STRUCTURES.get(name)) is not None:
             return rule(self, eqn, operands)
         if name == "dot_general":
             if (result := self.product(eqn, operands)) is not None:
                 return [result]
-        elif (move := _MOVES.get(name)) is not None and isinstance(operands[0], Followed):
-            if (moved := move(self, eqn, operands)) is not None:
+        elif (move := MOVES.get(name)) is not None and isinstance(operands[0], Followed):
+            if (moved := move(self.rules, eqn, operands)) is not None:
                 return moved
         both = name == "dot_general" and all(isinstance(operand, Followed) for operand in operands)
         use = "a product with another parameter" if both else name
-        return _bind(eqn, [self.array(operand, use) for operand in operands])
+        return bind(eqn, [self.array(operand, use) for operand in operands])
 
     def array(self, value: Any, use: str) -> Any:
-        """A value as an array; the rules are told of a Followed that had to become one."""
+        """A value as an array; the rules are told of a parameter that had to become one."""
         if not isinstance(value, Followed):
             return value
         self.rules.other(value, use)
@@ -255,10 +114,10 @@ class _Walk:
         kernel, x = operands if kernel_first else operands[::-1]
         if isinstance(x, Followed) or not jnp.issubdtype(x.dtype, jnp.floating):
             return None
-        bind = lambda x, w: _bind(eqn, [w, x] if kernel_first else [x, w])[0]
+        multiply = lambda x, w: bind(eqn, [w, x] if kernel_first else [x, w])[0]
         product = Product.of(eqn.params["dimension_numbers"], kernel_first)
         with _precision(eqn.params["precision"]):
-            return self.rules.product(kernel, x, product, self.known, bind, eqn.outvars[0].aval.dtype)
+            return self.rules.product(kernel, x, product, self.known, multiply, eqn.outvars[0].aval.dtype)
 
     def record(self, records: dict[Together, Array]) -> None:
         """Add what was recorded inside of something to what is known here."""
@@ -404,101 +263,6 @@ class _Walk:
     def _filled(self, outcome: Outcome, empty: dict[Together, Array]) -> Outcome:
         return outcome._replace(records=empty | outcome.records)
 
-    # what leaves a kernel one
-
-    def reshape(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        kernel = operands[0]
-        layout = kernel.layout.reshaped(eqn.outvars[0].aval.shape)
-        return None if layout is None else [kernel.moved(layout, lambda w: _bind(eqn, [w])[0])]
-
-    def broadcast(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        kernel, where = operands[0], eqn.params["broadcast_dimensions"]
-        new = [size for i, size in enumerate(eqn.outvars[0].aval.shape) if i not in where]
-        # axes of size 1 may come between
-        same = list(where) == sorted(where) and [eqn.outvars[0].aval.shape[i] for i in where] == list(kernel.shape)
-        return self.reshape(eqn, operands) if same and all(size == 1 for size in new) else None
-
-    def transpose(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        kernel = operands[0]
-        return [kernel.moved(kernel.layout.transposed(eqn.params["permutation"]), lambda w: _bind(eqn, [w])[0])]
-
-    def cast(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        dtype = eqn.outvars[0].aval.dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            return None
-        return [replace(operands[0].moved(operands[0].layout, lambda w: _bind(eqn, [w])[0]), dtype=dtype)]
-
-    def same(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        kernel = operands[0]
-        return [kernel.moved(kernel.layout, lambda w: _bind(eqn, [w])[0])]
-
-    def barrier(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        """Each operand as it is; arrays are behind the barrier, and so are those of QTensors."""
-        values = [operand.value if isinstance(operand, Followed) else operand for operand in operands]
-        return [
-            replace(operand, value=done) if isinstance(operand, Followed) else done
-            for operand, done in zip(operands, jax.lax.optimization_barrier(values), strict=True)
-        ]
-
-    def slice(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        kernel, p = operands[0], eqn.params
-        if p["strides"] is not None and any(stride != 1 for stride in p["strides"]):
-            return None
-        sizes = [stop - start for start, stop in zip(p["start_indices"], p["limit_indices"], strict=True)]
-        cut = lambda w: _bind(eqn, [w])[0]
-        part = self._part(kernel, sizes, p["start_indices"], cut)
-        return None if part is None else [part]
-
-    def dynamic_slice(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        kernel, *starts = operands
-        if any(isinstance(start, Followed) for start in starts):
-            return None
-        cut = lambda w: _bind(eqn, [w, *starts])[0]
-        part = self._part(kernel, list(eqn.params["slice_sizes"]), starts, cut)
-        return None if part is None else [part]
-
-    def split(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        kernel, axis, parts = operands[0], eqn.params["axis"], []
-        start = 0
-        for i, size in enumerate(map(int, eqn.params["sizes"])):
-            sizes, starts = list(kernel.shape), [0] * len(kernel.shape)
-            sizes[axis], starts[axis] = size, start
-            parts.append(self._part(kernel, sizes, starts, partial(_nth, eqn, i)))
-            start += size
-        return None if any(part is None for part in parts) else parts
-
-    def unstack(self, eqn: Any, operands: list[Any]) -> list[Any] | None:
-        kernel, axis, parts = operands[0], eqn.params["axis"], []
-        for i in range(kernel.shape[axis]):
-            sizes, starts = list(kernel.shape), [0] * len(kernel.shape)
-            sizes[axis], starts[axis] = 1, i
-            cut = partial(jax.lax.slice_in_dim, start_index=i, limit_index=i + 1, axis=axis)
-            part = self._part(kernel, sizes, starts, cut)
-            if part is None:
-                return None
-            layout = part.layout.reshaped(part.shape[:axis] + part.shape[axis + 1 :])
-            if layout is None:
-                return None
-            parts.append(part.moved(layout, lambda w: jnp.squeeze(w, axis)))
-        return parts
-
-    def _part(self, kernel: Followed, sizes: list[int], starts: Any, cut: Callable[[Array], Array]) -> Followed | None:
-        """Some of a stack; None where anything else is cut."""
-        changed = [axis for axis, size in enumerate(sizes) if size != kernel.shape[axis]]
-        if not changed:
-            return kernel
-        if len(changed) > 1 or (factor := kernel.stack_axis(changed[0])) is None:
-            return None
-        (axis,), value = changed, kernel.value
-        start, size = starts[axis], sizes[axis]
-        if kernel.quantized:
-            at = kernel.stack.index(factor)
-            value = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, at), value)
-        axes = list(kernel.layout.axes)
-        axes[axis] = (factor._replace(size=size),)
-        place = self.rules.part(kernel, factor, start, size)
-        return replace(kernel, place=place, layout=Layout(tuple(axes)), value=value if kernel.quantized else cut(value))
-
 
 def _renamed(values: Sequence[Any], places: Sequence[Place | None]) -> list[Any]:
     return [v if place is None else replace(v, place=place) for v, place in zip(values, places, strict=True)]
@@ -511,12 +275,6 @@ def _step_of(x: Any, value: Any, scan: int) -> Any:
     where = 0 if x.axes is None else x.stack.index(x.layout.axes[0][0])
     place = x.place._replace(scans=(*x.place.scans, (scan, where)))
     return replace(x, value=value, place=place, layout=x.layout.without(0))
-
-
-def empty(shapes: dict[Together, Any], merge: Merge) -> dict[Together, Array]:
-    """Records of these shapes that change nothing when they are merged."""
-    neutral = 0 if merge is jnp.add else -jnp.inf
-    return {places: jnp.full(shape.shape, neutral, shape.dtype) for places, shape in shapes.items()}
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:
@@ -539,18 +297,6 @@ def _precision(precision: Any) -> Any:
 def one_of(shapes: Any) -> Any:
     """Arrays of these shapes, inside of a trace for shapes alone."""
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
-
-def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    # older JAX: (functions, parameters)
-    functions, params = bound if isinstance(bound, tuple) else ([], bound)
-    results = eqn.primitive.bind(*functions, *operands, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
-def _nth(eqn: Any, i: int, operand: Any) -> Any:
-    return _bind(eqn, [operand])[i]
 
 
 def _scan_groups(params: dict[str, Any], operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -577,23 +323,4 @@ _STRUCTURES: dict[str, Callable[[_Walk, Any, list[Any]], list[Any]]] = {
     "cond": _Walk.cond,
     "while": _Walk.while_loop,
     "scan": _Walk.scan,
-}
-_MOVES: dict[str, Callable[[_Walk, Any, list[Any]], list[Any] | None]] = {
-    "transpose": _Walk.transpose,
-    "reshape": _Walk.reshape,
-    "squeeze": _Walk.reshape,
-    "expand_dims": _Walk.reshape,
-    "broadcast_in_dim": _Walk.broadcast,
-    "convert_element_type": _Walk.cast,
-    "copy": _Walk.same,
-    "copy_p": _Walk.same,
-    "device_put": _Walk.same,
-    "name": _Walk.same,
-    "stop_gradient": _Walk.same,
-    "sharding_constraint": _Walk.same,
-    "optimization_barrier": _Walk.barrier,
-    "slice": _Walk.slice,
-    "dynamic_slice": _Walk.dynamic_slice,
-    "split": _Walk.split,
-    "unstack": _Walk.unstack,
 }
