@@ -82,7 +82,7 @@ def gptq_with_stats(
     hessian, w_padded = _pad(hessian, w, source)
     factor, damping = _factorize(hessian, damping * jnp.mean(importance), damping, jnp.asarray(source >= 0))
     reference = row_reference(w, spec)
-    weight = jnp.where(source >= 0, importance[source], 0.0)
+    weight = jnp.where(source >= 0, importance[source], jnp.float32(0))
     values, scales = _solve(w_padded, factor, reference, weight, spec, plan, in_features)
 
     codes = encode(values, spec.format)
@@ -142,7 +142,9 @@ def _pad(hessian: Array, w: Array, source: np.ndarray) -> tuple[Array, Array]:
     if len(source) == len(w):
         return hessian, w
     real = source >= 0
-    hessian = jnp.where(real[:, None] & real[None, :], hessian[source][:, source], jnp.diag(1.0 - real))
+    hessian = jnp.where(
+        real[:, None] & real[None, :], hessian[source][:, source], jnp.diag(1.0 - real.astype(np.float32))
+    )
     return hessian, jnp.where(real[:, None], w[source], 0.0)
 
 
@@ -180,12 +182,16 @@ def _solve(
     factor_columns = jnp.pad(factor, ((0, 0), (0, chunks * _CHUNK - padded)))
     blocks = _diagonal_blocks(factor, block)
     inverses = jax.lax.linalg.triangular_solve(
-        blocks, jnp.broadcast_to(jnp.eye(block), blocks.shape), left_side=True, lower=True
+        blocks, jnp.broadcast_to(jnp.eye(block, dtype=jnp.float32), blocks.shape), left_side=True, lower=True
     )  # U_bb^T
     if plan.one_group:
         scales = jax.tree.map(lambda m: m[None], group_scale(w, reference, weight, spec, in_features))
     else:
-        scales = Scale(jnp.ones((groups, out)), jnp.zeros((groups, out)), jnp.zeros((groups, out), jnp.int8))
+        scales = Scale(
+            jnp.ones((groups, out), jnp.float32),
+            jnp.zeros((groups, out), jnp.float32),
+            jnp.zeros((groups, out), jnp.int8),
+        )
 
     def one_block(b, state):
         values, residual, scales = state
@@ -238,7 +244,7 @@ def _solve(
         values = jax.lax.dynamic_update_slice_in_dim(values, values_block, start, 0)
         return values, residual, scales
 
-    state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out)), scales)
+    state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out), jnp.float32), scales)
     values, _, scales = jax.lax.fori_loop(0, plan.blocks, one_block, state)
     return values, scales
 

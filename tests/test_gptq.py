@@ -179,3 +179,11 @@ def test_compute_groups_over_rows_hold_inside_gptq():
     q = gptq(jnp.asarray(w), jnp.asarray(h), QuantSpec(group_size=32, constraint="m2", compute_rows=8))
     assert len(set(np.asarray(q.row_scale).ravel().tolist())) == 1
     assert dataclasses.replace(q.spec, compute_rows=1) == QuantSpec(group_size=32, constraint="m2")
+
+
+def test_double_precision_switched_on_changes_nothing():
+    x, w = (jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate([(200, 64), (64, 24)]))
+    spec = QuantSpec(group_size=24, constraint="m2")
+    expected = gptq(w, hessian(x), spec)
+    with jax.enable_x64(True):
+        jax.tree.map(np.testing.assert_array_equal, gptq(w, hessian(x), spec), expected)
