@@ -38,9 +38,7 @@ def test_the_study_writes_a_table_and_a_plot_and_keeps_its_runs(
 @pytest.mark.parametrize("model", ["demo-llama", "demo-opt"])
 def test_with_outliers_int8_activations_lose_ten_times_what_fp8_ones_do(study, monkeypatch, tmp_path, model):
     int8, fp8, *_ = study.SCHEMES
-    options = study.Options(
-        model=(model,), eval=("demo",), output=tmp_path, num_samples=16, seq_len=256, max_windows=48
-    )
+    options = study.Options(model=(model,), eval=("demo",), output=tmp_path, num_samples=8, seq_len=256, max_windows=24)
     monkeypatch.setattr(study, "SCHEMES", {name: study.SCHEMES[name] for name in (int8, fp8)})
     row = study.measure(options, model, 100.0)
     lost_int8, lost_fp8 = row[int8] - row["original"], row[fp8] - row["original"]
