@@ -252,7 +252,7 @@ class _Seen(Multiply):
             return super().product(kernel, x, product, known, bind, dtype)
         assert kernel.axes is not None
         how = plan(x.shape, kernel.layout, kernel.axes, product)
-        if how is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        if how is None:
             return None
         seen = self.see(kernel, arranged(x, how, known), how, known)
         return bind(x if seen is None else how.of_x.undone(seen, x.shape), kernel.value)

@@ -185,12 +185,12 @@ def plan(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: Product)
         tuple(range(len(every) + len(rows) + 1)),
         sizes(stack) + row_sizes + sizes(outputs),
         tuple(place[f] for f in batch) + (kernel + own if product.kernel_first else own + kernel),
-        result_shape(x_shape, layout, product),
+        _result_shape(x_shape, layout, product),
     )
     return Plan(of_x, of_result, sizes(every), tuple(f in batch for f in every))
 
 
-def result_shape(x_shape: Sequence[int], layout: Layout, product: Product) -> tuple[int, ...]:
+def _result_shape(x_shape: Sequence[int], layout: Layout, product: Product) -> tuple[int, ...]:
     """The shape of the product's result."""
     shape = layout.shape
     free = [shape[i] for i in range(len(shape)) if i not in product.contracted + product.batch]

@@ -42,7 +42,9 @@ def _cast(rules: Rules, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return [replace(operands[0].moved(operands[0].layout, lambda w: bind(eqn, [w])[0]), dtype=dtype)]
 
 
-def _same(rules: Rules, eqn: Any, operands: list[Any]) -> list[Any]:
+def _same(rules: Rules, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    if len(operands) > 1:  # several arrays put on a device at once
+        return None
     kernel = operands[0]
     return [kernel.moved(kernel.layout, lambda w: bind(eqn, [w])[0])]
 

@@ -25,7 +25,7 @@ from fpq_jax._recipe import LinearRecipe, Recipe
 from fpq_jax._residency import Residency, check_residency, resident
 from fpq_jax._select import Chosen, Selection, Use, select
 from fpq_jax._solve import LinearResult, quantize_linears
-from fpq_jax._tree import Flat, jit, named_leaves
+from fpq_jax._tree import Flat, Same, jit, named_leaves
 
 _AUTO_RANK = 8  # of LoRC, where a recipe leaves it to the size of one of the paper's models
 
@@ -127,13 +127,13 @@ def quantize_blocks(
         recipe.fitting(rule, [path for block in names for path in block], "parameter")
     inputs = [batch if type(batch) is tuple else (batch,) for batch in batches]
     quantized_any = any(map(is_quantized, jax.tree.leaves([p for _, p in blocks], is_leaf=is_quantized)))
-    following = {function: jit(quantized(function)) for function, _ in blocks}
+    following = {Same(function): jit(quantized(function)) for function, _ in blocks}
     for i, (function, params) in enumerate(blocks):
         own, prefix = recipe.about(names[i]), f"{i}."
         found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix, lenient=True)
         done, report = quantize_named(params, own, found, found.uses, seed, prefix, lenient=True)
         if i + 1 < len(blocks):
-            inputs = [(jax.device_get(following[function](done, *args)), *args[1:]) for args in inputs]
+            inputs = [(jax.device_get(following[Same(function)](done, *args)), *args[1:]) for args in inputs]
         quantized_any |= bool(report.results)
         yield done, report
     if not quantized_any:
@@ -154,8 +154,8 @@ def dequantize_params(params: Any) -> Any:
 
 def expand_params(params: Any, expand: Residency = "load") -> Any:
     """The tree with its QTensors in the form in which they are multiplied: "load" expands 4-bit codes with an FP8 form
-    to FP8 once, exactly, a byte per weight; "step" leaves them packed. Either pads FP8 codes with zeros, to which a
-    product is not allowed to fall behind. See ``load``."""
+    to FP8 once, exactly, a byte per weight; "step" leaves them packed. Either pads FP8 codes with zeros to multiples of
+    16, which FP8 products want."""
     check_residency(expand)
 
     def one(leaf: Any) -> Any:

@@ -48,7 +48,8 @@ class _Walk:
         self.merge = merge
         self.known = Known(merge)
         self.scans = 0
-        self.called: dict[int, tuple[list[Place | None], Callable[..., Any]]] = {}  # by jaxpr
+        # by jaxpr, and which of its operands are followed
+        self.called: dict[Any, tuple[list[Place | None], Callable[..., Any]]] = {}
 
     def inside(self, jaxpr: Any, arguments: Sequence[Any]) -> Outcome:
         """Evaluate what is a function of its own, with records of its own."""
@@ -145,10 +146,11 @@ class _Walk:
     def call_once_traced(self, jaxpr: Any, operands: list[Any]) -> list[Any]:
         """What many layers call is traced once, with the places that the first of them had."""
         own = [operand.place if isinstance(operand, Followed) else None for operand in operands]
-        if id(jaxpr) not in self.called:
+        key = (id(jaxpr), tuple(place is None for place in own))
+        if key not in self.called:
             function = lambda operands: self.inside(jaxpr, _renamed(operands, own)).outputs
-            self.called[id(jaxpr)] = own, jax.jit(function)
-        first, function = self.called[id(jaxpr)]
+            self.called[key] = own, jax.jit(function)
+        first, function = self.called[key]
         outputs = function(_renamed(operands, [place and Place("") for place in own]))
         back = dict(zip(first, own, strict=True))
         return _renamed(outputs, [back[out.place] if isinstance(out, Followed) else None for out in outputs])
@@ -229,7 +231,7 @@ class _Walk:
 
         stacked = [x.value if isinstance(x, Followed) else x for x in scanned]
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
-        empty = self._empty(lambda *carry: step(carry, one_of(one))[2], *start) if self.rules.records else {}
+        empty = self._empty(lambda *carry: step(carry, _one_of(one))[2], *start) if self.rules.records else {}
 
         def body(state, values):
             carry, records = state
@@ -294,7 +296,7 @@ def _precision(precision: Any) -> Any:
     return jax.default_matmul_precision(precision[0].name.lower())
 
 
-def one_of(shapes: Any) -> Any:
+def _one_of(shapes: Any) -> Any:
     """Arrays of these shapes, inside of a trace for shapes alone."""
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
