@@ -9,10 +9,13 @@ A directory that quantize wrote holds
 and appears under its name only when all of it is written.
 """
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ from fpq_jax._atomic import write_json
 from fpq_jax._demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
 from fpq_jax._layerwise import arithmetic_dtype
+from fpq_jax._packed import STEM
 from fpq_jax._parts import MANIFEST, VERSION, Entry, PartsWriter, Sharding, abstract_part, arrays_of, read_part
 from fpq_jax._qtensor import QTensor
 from fpq_jax._residency import Residency, check_residency
@@ -51,6 +55,7 @@ from fpq_jax.models import (
 )
 
 _SIDECARS = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template.jinja")
+_JUST_MADE = 60.0  # seconds
 _HUB_FILES = ["*.json", "tokenizer.model", "*.txt"]
 
 
@@ -76,7 +81,8 @@ def resolve_model(model: str | Path | None) -> Path:
     try:
         # asking twice, unlike listing the repository, needs no network for a cached one
         folder = fetch("*.safetensors")
-        return folder if any(folder.glob("model.safetensors*")) else fetch("pytorch_model*.bin")
+        found = any(any(folder.glob(f"{stem}.safetensors*")) for stem in ("model", STEM))
+        return folder if found else fetch("pytorch_model*.bin")
     except Exception as error:  # network, authorization and missing repositories each have kinds of their own
         raise FpqError(
             f"There is no model folder {name}, and no such model could be fetched from the hub "
@@ -95,6 +101,8 @@ def _one_device(path: str, part: str) -> jax.sharding.Sharding:
 
 class QuantizedCheckpoint:
     """A directory that quantize (or ``save``) wrote, to be read part by part. FpqError if it is damaged."""
+
+    quantized = True
 
     def __init__(self, folder: Path):
         if is_tree_dir(folder):
@@ -117,12 +125,25 @@ class QuantizedCheckpoint:
         plain = [str(leaf.dtype) for part in parts for leaf in part.values() if not isinstance(leaf, QTensor)]
         self.dtype = jnp.dtype(max(set(plain), key=plain.count))
 
+    def abstract_part(self, name: str) -> Flat:
+        """The parameters of a part without values."""
+        return abstract_part(self.entries[name])
+
     def read_part(self, name: str, dtype: Any = None, sharding: Sharding = _one_device) -> Flat:
         """The parameters of a part, what is not quantized in ``dtype``, by default as stored."""
         params = read_part(self.folder, name, self.entries[name], sharding)
         if dtype is None:
             return params
         return {path: v if isinstance(v, QTensor) else v.astype(dtype) for path, v in params.items()}
+
+
+def open_original(folder: Path) -> HfCheckpoint:
+    """A checkpoint to quantize, opened and checked; FpqError for what fpq_jax has quantized already."""
+    if not is_quantized_dir(folder):
+        checkpoint = open_checkpoint(folder)
+        if not checkpoint.is_packed:
+            return checkpoint
+    raise FpqError(f"{folder} is already quantized; name the original checkpoint.")
 
 
 def open_model(folder: Path) -> QuantizedCheckpoint | HfCheckpoint:
@@ -212,7 +233,7 @@ def _read_onto(checkpoint: QuantizedCheckpoint | HfCheckpoint, name: str, dtype:
         return jax.tree.map(jnp.asarray, checkpoint.read_part(name, dtype))
     place = partial(shardings, checkpoint.model_class, checkpoint.model_config, mesh=mesh)
     if isinstance(checkpoint, QuantizedCheckpoint):
-        where = {path: arrays_of(leaf) for path, leaf in place(abstract_part(checkpoint.entries[name])).items()}
+        where = {path: arrays_of(leaf) for path, leaf in place(checkpoint.abstract_part(name)).items()}
         return checkpoint.read_part(name, dtype, lambda path, part: where[path][part])
     params = checkpoint.read_part(name, dtype)
     return jax.tree.map(_distributed, params, place(params))
@@ -237,8 +258,12 @@ def new_directory(directory: Path):
     check_output(directory)
     directory = directory.absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.unfinished-", dir=directory.parent))
+    prefix = f".{directory.name}.unfinished-"
+    _remove_abandoned(directory.parent, prefix)
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    lock = os.open(unfinished, os.O_RDONLY)
     try:
+        _is_free(lock)
         yield unfinished
         unfinished.chmod(0o777 & ~_umask())
         if directory.is_dir():
@@ -246,6 +271,29 @@ def new_directory(directory: Path):
         unfinished.rename(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed processes left of such folders; those of running ones are locked, or have just been made."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+        if time.time() - folder.stat().st_mtime < _JUST_MADE:
+            continue
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            if _is_free(lock):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _is_free(lock: int) -> bool:
+    """Lock a folder that nobody has locked, until it is closed; False on file systems without locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _umask() -> int:
@@ -258,6 +306,9 @@ def copy_sidecars(source: Path, folder: Path) -> None:
     """Copy config.json and the tokenizer's files, without which arrays are no model."""
     for file in sidecars(source):
         shutil.copyfile(file, folder / file.name)
+    config = read_config(folder)
+    if config.pop("quantization_config", None):  # which was about the source's own weights
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def sidecars(folder: Path) -> list[Path]:

@@ -1,21 +1,30 @@
 """Perplexity of a model that is read layer by layer, which may be larger than the memory."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Int
 
+from fpq_jax._checkpoint import QuantizedCheckpoint
 from fpq_jax._console import progress
+from fpq_jax._errors import FpqError
 from fpq_jax._layerwise import (
     BATCH_TOKENS,
     Batches,
     CacheShape,
     Skeleton,
     ahead,
+    arithmetic_dtype,
     batch_size,
     embed,
+    everywhere,
     forward,
     replicate,
     token_losses,
@@ -23,10 +32,13 @@ from fpq_jax._layerwise import (
 )
 from fpq_jax._mesh import sum_over_processes
 from fpq_jax._perplexity import Perplexity, of_losses
+from fpq_jax._text import Windows, calibration_text, evaluation_windows, is_tail, load_tokenizer, window_length
 from fpq_jax._tree import Flat, below, stored_bytes
-from fpq_jax.models import EMBEDDING, HEAD, params_of, part_names, prepare_in_place, with_params
+from fpq_jax.models import EMBEDDING, HEAD, HfCheckpoint, params_of, part_names, prepare_in_place, with_params
 
 Reader = Callable[[str], Flat]  # the parameters of a part, by path
+Checkpoint = QuantizedCheckpoint | HfCheckpoint
+_DEFAULT_TEXT = "wikitext2"
 
 
 class Evaluation(NamedTuple):
@@ -69,6 +81,80 @@ def perplexities(
     ends = np.cumsum([len(w) for w in texts.values()])
     each = zip(texts, np.split(sums, ends[:-1]), strict=True)
     return Evaluation({name: of_losses(own, windows.shape[1]) for name, own in each}, weight_bytes)
+
+
+def perplexities_of(
+    checkpoint: Checkpoint,
+    texts: Mapping[str, Int[np.ndarray, "N L"]],
+    mesh: Mesh,
+    *,
+    dtype: DTypeLike | None = None,
+    expand: str = "load",
+    cache: CacheShape | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Evaluation:
+    """``perplexities`` of a model's folder; ``dtype`` of the unquantized arithmetic, by default the checkpoint's."""
+    dtype = arithmetic_dtype(checkpoint.dtype, dtype)
+    one_reads = isinstance(checkpoint, HfCheckpoint)
+    if isinstance(checkpoint, HfCheckpoint):
+        read = partial(checkpoint.read_part, dtype=dtype)
+    else:
+        own = None if dtype == checkpoint.dtype else dtype
+        read = partial(checkpoint.read_part, dtype=own, sharding=everywhere(mesh))
+    return perplexities(
+        Skeleton(checkpoint.model_class, checkpoint.model_config, dtype),
+        read,
+        texts,
+        mesh,
+        expand=expand,
+        cache=cache,
+        batch_tokens=batch_tokens,
+        read_ahead=one_reads or jax.process_count() == 1,
+    )
+
+
+def texts_of(
+    checkpoint: Checkpoint, specs: Sequence[str], *, seq_len: int | None, max_windows: int | None
+) -> dict[str, Windows]:
+    """The texts to measure a model on, in windows of its tokenizer's tokens.
+
+    Without ``specs``, those of the report of a quantized model, windows as there so that the numbers can be compared;
+    WikiText-2 for a model without one.
+    """
+    folder, config = checkpoint.folder, checkpoint.model_config
+    tokenizer = load_tokenizer(folder)
+    length, calibration = seq_len, None
+    reported = isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.is_packed
+    if not specs and reported:
+        report = _read_report(folder)
+        specs, calibration = tuple(report["perplexity"]), report["calibration"]
+        length = length or calibration["seq_len"]
+        max_windows = max_windows or calibration["max_windows"]
+    length = window_length(length, config.max_position_embeddings)
+    texts: dict[str, Windows] = {}
+    for spec in specs or (_DEFAULT_TEXT,):
+        if calibration is not None and is_tail(spec):
+            windows = calibration_text(
+                calibration["spec"],
+                tokenizer,
+                num_samples=calibration["requested_samples"],
+                length=length,
+                seed=0,
+                hold_back=True,
+                vocab_size=config.vocab_size,
+            ).tail
+            assert windows is not None
+        else:
+            windows = evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size)
+        texts[spec] = windows[:max_windows]
+    return texts
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise FpqError(f"{folder} has no readable report.json to take the texts from; name --eval.") from error
 
 
 def _losses_of(

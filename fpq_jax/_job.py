@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fpq_jax._atomic import files_digest
-from fpq_jax._checkpoint import is_quantized_dir, resolve_model, sidecars
+from fpq_jax._checkpoint import open_original, resolve_model, sidecars
 from fpq_jax._console import console, progress
 from fpq_jax._demo import is_demo
-from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._errors import check_at_least
 from fpq_jax._estimate import Estimate, estimate
 from fpq_jax._evaluation import Reader, perplexities
 from fpq_jax._layerwise import BATCH_TOKENS, Skeleton, arithmetic_dtype, everywhere, windows_at_once
@@ -45,7 +45,7 @@ from fpq_jax._text import (
 )
 from fpq_jax._tree import stored_bytes
 from fpq_jax._unfinished import Unfinished
-from fpq_jax.models import HfCheckpoint, open_checkpoint, part_names
+from fpq_jax.models import HfCheckpoint, part_names
 
 
 def default_calibration(model: str | None) -> str:
@@ -100,12 +100,10 @@ class Job:
         for spec in (calibration_spec, *eval):
             check_spec(spec)
         folder = resolve_model(model)
-        if is_quantized_dir(folder):
-            raise FpqError(f"{folder} is already quantized; name the original checkpoint.")
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_original(folder)
         for recipe in recipes:
             recipe.for_linears(linears(checkpoint).values())
-        with progress("reading the weights once", len(checkpoint.shapes)) as advance:
+        with progress("reading the weights once", checkpoint.tensor_count) as advance:
             digest = from_first(checkpoint.digest(advance) if is_first() else None)
         config = checkpoint.model_config
         length = window_length(seq_len, config.max_position_embeddings)

@@ -7,7 +7,7 @@ and dtype) is an entry in JSON beside them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,16 @@ def _leaves(arrays: dict[str, dict[str, Any]], entry: Entry) -> Flat:
 def _leaf(parts: dict[str, Any], make: Callable[..., QTensor] | None) -> Any:
     if make is None:
         return parts["value"]
+    return with_arrays(make(codes=None), parts)
+
+
+def with_arrays(q: QTensor, parts: Mapping[str, Any]) -> QTensor:
+    """A QTensor with these arrays, named as ``arrays_of`` does, and no others."""
     low_rank = None
     if "low_rank_a" in parts:
         low_rank = LowRank(parts["low_rank_a"], parts["low_rank_b"], parts.get("low_rank_scale"))
-    return make(low_rank=low_rank, **{name: parts.get(name) for name in _ARRAYS})
+    arrays: Any = {name: parts.get(name) for name in _ARRAYS}
+    return dataclasses.replace(q, low_rank=low_rank, **arrays)
 
 
 def _facts(q: QTensor) -> dict[str, Any]:

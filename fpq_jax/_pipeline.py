@@ -86,7 +86,7 @@ def quantize_checkpoint(
 
     def read(name: str) -> tuple[Flat, float]:
         began = time.perf_counter()
-        return checkpoint.read_part(name, dtype), time.perf_counter() - began
+        return checkpoint.read_dense_part(name, dtype), time.perf_counter() - began
 
     todo = [name for name in part_names(config) if name not in finished]
     reading = ahead(read, [name for name in todo if name != EMBEDDING])

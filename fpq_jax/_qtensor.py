@@ -171,13 +171,13 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = T
     w = decode(codes, q.spec.format)[:out_features, :in_features]
     if q.zero is not None:
         w = w - _per_weight(q.zero, q)
-    w = (w * _per_weight(_scales(q), q)).T
+    w = (w * _per_weight(group_scales(q), q)).T
     if low_rank and q.low_rank is not None:
         w = w + q.low_rank.product()
     return w.astype(dtype)
 
 
-def _scales(q: QTensor) -> Float[Array, "out groups"]:
+def group_scales(q: QTensor) -> Float[Array, "out groups"]:
     """Every group's scale; one column when a row has one."""
     if q.group_scale is not None:
         return q.group_scale

@@ -1,34 +1,24 @@
 """Perplexity of a model: python -m fpq_jax.evaluate --model DIR --eval SPEC ..."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from fpq_jax._atomic import write_json
-from fpq_jax._checkpoint import QuantizedCheckpoint, open_model, resolve_model
+from fpq_jax._checkpoint import open_model, resolve_model
 from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._demo import is_demo
-from fpq_jax._errors import FpqError, check_at_least
-from fpq_jax._evaluation import perplexities
+from fpq_jax._errors import check_at_least
+from fpq_jax._evaluation import perplexities_of, texts_of
 from fpq_jax._generation import KvCache
-from fpq_jax._layerwise import BATCH_TOKENS, CacheShape, Skeleton, arithmetic_dtype, everywhere
+from fpq_jax._layerwise import BATCH_TOKENS, CacheShape
 from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._report import VERSION, environment, shortened, size_text
 from fpq_jax._residency import Residency
-from fpq_jax._text import (
-    Windows,
-    calibration_text,
-    check_spec,
-    evaluation_windows,
-    is_tail,
-    load_tokenizer,
-    window_length,
-)
+from fpq_jax._text import check_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,30 +60,28 @@ def main(options: Options) -> None:
     check_at_least(1, max_windows=options.max_windows, batch_tokens=options.batch_tokens)
     check_at_least(2, seq_len=options.seq_len)
     mesh = parse_mesh(options.mesh)
-    folder = resolve_model(options.model)
-    checkpoint = open_model(folder)
-    quantized = isinstance(checkpoint, QuantizedCheckpoint)
-    config, dtype = checkpoint.model_config, arithmetic_dtype(checkpoint.dtype, options.dtype)
+    checkpoint = open_model(resolve_model(options.model))
+    config = checkpoint.model_config
     cache = None
     if options.kv_cache == "float8":
         cache = CacheShape(config.num_key_value_heads, config.head_dim, jnp.dtype(jnp.float8_e4m3fn))
-    texts = _texts(options, folder, quantized, config)
-    if isinstance(checkpoint, QuantizedCheckpoint):
-        read = lambda name: checkpoint.read_part(name, None if dtype == checkpoint.dtype else dtype, everywhere(mesh))
-    else:
-        read = lambda name: checkpoint.read_part(name, dtype)
-    measured, weight_bytes = perplexities(
-        Skeleton(checkpoint.model_class, config, dtype),
-        read,
+    texts = texts_of(
+        checkpoint,
+        options.eval or (("demo",) if is_demo(options.model) else ()),
+        seq_len=options.seq_len,
+        max_windows=options.max_windows,
+    )
+    measured, weight_bytes = perplexities_of(
+        checkpoint,
         texts,
         mesh,
+        dtype=options.dtype,
         expand=options.expand,
         cache=cache,
         batch_tokens=options.batch_tokens,
-        read_ahead=not quantized or jax.process_count() == 1,
     )
     console.print(f"{size_text(weight_bytes)} of weights as they are in memory, one layer at a time")
-    which = "quantized" if quantized else "original"
+    which = "quantized" if checkpoint.quantized else "original"
     console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
     rows = {}
     for spec, (value, tokens) in measured.items():
@@ -111,44 +99,6 @@ def main(options: Options) -> None:
             **environment(),
         }
         write_json(options.report, report)
-
-
-def _texts(options: Options, folder: Path, quantized: bool, config: Any) -> dict[str, Windows]:
-    tokenizer = load_tokenizer(folder)
-    specs, length, max_windows, calibration = options.eval, options.seq_len, options.max_windows, None
-    if not specs and quantized:
-        # the same windows as in the report, so that the numbers can be compared
-        report = _read_report(folder)
-        specs, calibration = tuple(report["perplexity"]), report["calibration"]
-        length = length or calibration["seq_len"]
-        max_windows = max_windows or calibration["max_windows"]
-    elif not specs:
-        specs = ("demo",) if is_demo(options.model) else ("wikitext2",)
-    length = window_length(length, config.max_position_embeddings)
-    texts: dict[str, Windows] = {}
-    for spec in specs:
-        if calibration is not None and is_tail(spec):
-            windows = calibration_text(
-                calibration["spec"],
-                tokenizer,
-                num_samples=calibration["requested_samples"],
-                length=length,
-                seed=0,
-                hold_back=True,
-                vocab_size=config.vocab_size,
-            ).tail
-            assert windows is not None
-        else:
-            windows = evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size)
-        texts[spec] = windows[:max_windows]
-    return texts
-
-
-def _read_report(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise FpqError(f"{folder} has no readable report.json to take the texts from; name --eval.") from error
 
 
 if __name__ == "__main__":

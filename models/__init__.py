@@ -7,19 +7,21 @@ from fpq_jax.models._cache import LayerCache
 from fpq_jax.models._convert import (
     EMBEDDING,
     HEAD,
-    HfCheckpoint,
     abstract_model,
     build_model,
+    is_kernel,
     linear_name,
     params_of,
     part_names,
     part_of,
     read_config,
+    tensor_name,
     to_hf_tensors,
     with_params,
 )
 from fpq_jax.models._convert import find_architecture as _find_architecture
 from fpq_jax.models._decoder import Decoder
+from fpq_jax.models._hf_checkpoint import HfCheckpoint
 from fpq_jax.models._prepare import on_mesh, prepare, prepare_in_place
 from fpq_jax.models._sharding import check_division, shardings
 from fpq_jax.models.llama import Llama, LlamaConfig
@@ -57,6 +59,7 @@ __all__ = [
     "abstract_model",
     "build_model",
     "check_division",
+    "is_kernel",
     "linear_name",
     "model_class_of",
     "on_mesh",
@@ -68,6 +71,7 @@ __all__ = [
     "prepare_in_place",
     "read_config",
     "shardings",
+    "tensor_name",
     "to_hf_config",
     "to_hf_tensors",
     "with_params",

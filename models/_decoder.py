@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from fpq_jax.models._cache import LayerCache
-from fpq_jax.models._layers import Embedding, pad_rows
+from fpq_jax.models._layers import Block, Embedding, pad_rows
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +19,8 @@ class Decoder(nnx.Module):
     A model class has these tables for its Hugging Face checkpoints: NAMES, pairs of a pattern for parameters' paths and
     the tensor's name; IGNORED, patterns of tensors that some checkpoints carry and nothing needs; Config, the class
     of its configuration; EMBEDDING, the beginnings of the paths of what ``embed`` needs; DIVISIBLE, the sizes in Config
-    that a "model" axis must divide; DIVIDED, "outputs" and "inputs" -> a pattern for the names of what it divides so.
+    that a "model" axis must divide; DIVIDED, "outputs" and "inputs" -> a pattern for the names of what it divides so;
+    BLOCKS, the classes whose Linears of one input may be merged.
     """
 
     NAMES: tuple[tuple[str, str], ...]
@@ -28,6 +29,7 @@ class Decoder(nnx.Module):
     Config: Any
     DIVISIBLE: tuple[str, ...]
     DIVIDED: ClassVar[dict[str, str]]
+    BLOCKS: tuple[type[Block], ...]
 
     config: Any
     prepared = False  # whether ``prepare`` made it

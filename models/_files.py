@@ -1,19 +1,21 @@
 """The files that a model folder's tensors are in: safetensors, or those that torch.save writes (pytorch_model.bin).
 
-Both are memory-mapped, and a tensor's values are read when asked for. The mapping ends with each reading: pages that
-were touched count as the process's memory for as long as it lasts.
+A tensor's values are read when asked for. torch's files are memory-mapped for as long as one is read: pages that were
+touched count as the process's memory until then.
 """
 
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fpq_jax._errors import FpqError
+from fpq_jax._packed import STEM
+from fpq_jax._safetensors import DTYPES
 
 _TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SHOWN = 20  # names listed in a message
@@ -30,8 +32,14 @@ class SafetensorsFile:
             with safe_open(path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 self._facts = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+                self.metadata: dict[str, str] = file.metadata() or {}
+            # the library has checked it; where values are, it does not say
+            with path.open("rb") as raw:
+                length = int.from_bytes(raw.read(8), "little")
+                header = json.loads(raw.read(length))
         except (SafetensorError, OSError) as error:
             raise FpqError(f"{path} is truncated or no safetensors file ({error}); download it again.") from error
+        self._places = {name: [8 + length + at for at in header[name]["data_offsets"]] for name in self._facts}
 
     def names(self) -> list[str]:
         return list(self._facts)
@@ -44,11 +52,14 @@ class SafetensorsFile:
         return self._facts[name][1]
 
     def read(self, name: str) -> np.ndarray:
+        begin, end = self._places[name]
         try:
-            with safe_open(self.path, framework="numpy") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            values = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
+        except OSError as error:
             raise FpqError(f"{name} cannot be read from {self.path}: {error}.") from error
+        if len(values) < end - begin:
+            raise FpqError(f"{name} cannot be read from {self.path}, which has become shorter.")
+        return values.view(DTYPES[self.dtype(name)]).reshape(self.shape(name))
 
 
 class TorchFile:
@@ -58,6 +69,7 @@ class TorchFile:
     """
 
     FORMAT = "torch"
+    metadata: ClassVar[dict[str, str]] = {}
 
     def __init__(self, path: Path):
         self.path = path
@@ -128,6 +140,7 @@ def _torch_dtype(tensor: Any) -> str:
 TensorFile = SafetensorsFile | TorchFile
 _KINDS: tuple[tuple[str, type[TensorFile]], ...] = (
     ("model.safetensors", SafetensorsFile),
+    (f"{STEM}.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchFile),
 )
 
@@ -143,7 +156,8 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
         else:
             continue
         return {name: file for file in files for name in file.names()}
-    raise FpqError(f"{folder} lacks {' or '.join(single for single, _ in _KINDS)}; download the checkpoint again.")
+    known = " or ".join(single for single, _ in _KINDS if not single.startswith(STEM))
+    raise FpqError(f"{folder} lacks {known}; download the checkpoint again.")
 
 
 def listed(names: list[str]) -> str:

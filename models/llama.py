@@ -199,6 +199,7 @@ class Llama(Decoder):
         "inputs": r"(o|down)_proj",
     }
     Config = LlamaConfig
+    BLOCKS = (Attention, MLP)
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config

@@ -164,6 +164,7 @@ class Opt(Decoder):
     DIVISIBLE = ("num_attention_heads", "ffn_dim")
     DIVIDED: ClassVar = {"outputs": r"(q|k|v|qkv)_proj|fc1|lm_head|embed_tokens", "inputs": r"out_proj|fc2"}
     Config = OptConfig
+    BLOCKS = (Attention,)
 
     def __init__(self, config: OptConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fpq_jax.models import HfCheckpoint, Llama, Opt, abstract_model, open_checkpoint, to_hf_tensors, with_params
+from fpq_jax.models import HfCheckpoint, Llama, Opt, abstract_model, to_hf_tensors, with_params
 from safetensors.numpy import save_file
 
-from fpq_jax._checkpoint import check_output, copy_sidecars, is_quantized_dir, new_directory, resolve_model
+from fpq_jax._checkpoint import check_output, copy_sidecars, new_directory, open_original, resolve_model
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._linear import Observed
@@ -102,9 +102,9 @@ def main(options: Options) -> None:
         raise FpqError(f"--share is {options.share}; it must be above 0 and at most 1.")
     check_output(options.output)
     folder = resolve_model(options.model)
-    if is_quantized_dir(folder):
+    checkpoint = open_original(folder)
+    if checkpoint.quantized:
         raise FpqError(f"{folder} is already quantized; name the original checkpoint.")
-    checkpoint = open_checkpoint(folder)
     check_norms(checkpoint.model_config)
 
     size = checkpoint.model_config.hidden_size

@@ -59,7 +59,7 @@ def test_config_round_trips_through_json():
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with .gptq. are not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, change, said):

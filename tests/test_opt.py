@@ -61,7 +61,7 @@ def test_lorc_ranks_are_the_papers(hidden, rank):
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"max_position_embeddings": "x"}, "max_position_embeddings is 'x'"),
         ({"activation_function": ["relu"]}, "activation_function"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with .gptq. are not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, change, said):

@@ -1,0 +1,217 @@
+"""Against compressed-tensors itself: checkpoints that it wrote, and configurations that it wrote or might."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from fpq_jax.models import open_checkpoint, params_of
+
+import fpq_jax as fpq
+from fpq_jax import FpqError, QTensor, evaluate, quantize
+from fpq_jax._compressed_tensors import Fp8, Int4, Mxfp4, form_for, form_of
+
+CONFIG = {**TINY_CONFIG, "hidden_size": 128, "intermediate_size": 256}
+PRESETS = {"FP8_DYNAMIC": "float32", "FP8": "float32", "MXFP4A16": "bfloat16", "W4A16": "float32"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """written(preset): a folder that Hugging Face's model and compressed-tensors wrote, and that model."""
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+    import transformers
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    folder = tmp_path_factory.mktemp("theirs")
+    write_checkpoint(folder / "original", CONFIG, random_tensors(CONFIG))
+
+    def write(preset):
+        out = folder / preset
+        options = {"dtype": getattr(torch, PRESETS[preset])}
+        if not out.exists():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder / "original", **options)
+            groups = {"group_0": preset_name_to_scheme(preset, ["Linear"])}
+            config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status="frozen")
+            apply_quantization_config(model, config)
+            for module in model.modules():
+                scheme = getattr(module, "quantization_scheme", None)
+                if scheme is None:
+                    continue
+                w = module.weight.data
+                size = scheme.weights.group_size or w.shape[1]
+                ranges = w.unflatten(1, (-1, size)).aminmax(dim=2)
+                if scheme.weights.strategy == "tensor":
+                    ranges = ranges[0].amin().reshape(1), ranges[1].amax().reshape(1)
+                module.weight_scale.data = calculate_qparams(*ranges, scheme.weights)[0].to(module.weight_scale.dtype)
+                if hasattr(module, "input_scale"):
+                    module.input_scale.data.fill_(0.02)
+            compressor = ModelCompressor.from_pretrained_model(model)
+            compressor.compress_model(model)
+            model.save_pretrained(out)
+            compressor.update_config(out)
+            for file in (folder / "original").glob("*token*"):
+                (out / file.name).write_bytes(file.read_bytes())
+        return out, transformers.AutoModelForCausalLM.from_pretrained(out, **options)
+
+    return write
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_checkpoints_that_others_wrote_run_here(preset, written):
+    import torch
+
+    folder, oracle = written(preset)
+    tokens = np.random.default_rng(0).integers(3, 250, (2, 30))
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens)).logits.float().numpy()
+    model = fpq.load(folder)
+    quantized = {path: leaf for path, leaf in params_of(model).items() if isinstance(leaf, QTensor)}
+    assert len(quantized) == 14
+    state = oracle.state_dict()
+    for path, q in quantized.items():
+        w = np.asarray(fpq.dequantize(q)).T
+        np.testing.assert_array_equal(state[f"model.{path.replace('.kernel', '.weight')}"].float().numpy(), w)
+    found = np.asarray(jax.jit(lambda t: model(t))(jnp.asarray(tokens)), np.float32)
+    # with FP8 activations, or in bfloat16, sums in another order show
+    tolerance = 1e-5 if preset == "W4A16" else 0.06
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+    assert np.abs(found - expected).mean() < tolerance / 6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "MXFP4A16"])
+def test_quantize_and_evaluate_take_them(preset, written, tmp_path, text_file):
+    folder, _ = written(preset)
+    report, other = tmp_path / "q.json", tmp_path / "e.json"
+    quantize.main(
+        quantize.Options(
+            model=str(folder),
+            recipe="w4a8-fp-m2",
+            calibration=str(text_file),
+            eval=(str(text_file),),
+            output=tmp_path / "out",
+            report=report,
+        )
+    )
+    evaluate.main(evaluate.Options(model=str(folder), eval=(str(text_file),), report=other))
+    original = json.loads(report.read_text())["perplexity"][str(text_file)]["original"]
+    assert json.loads(other.read_text())["perplexity"][str(text_file)]["quantized"] == pytest.approx(original)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    # what was quantized are the weights that the checkpoint stands for
+    recorded = {row["name"]: row["rounding_error"] for row in json.loads(report.read_text())["layers"]}
+    assert len(recorded) == 14 and all(error > 0 for error in recorded.values())
+    dense = open_checkpoint(folder).read_dense_part("layers.0", jnp.float32)
+    q = jax.tree.map(jnp.asarray, open_checkpoint(folder).read_part("layers.0", jnp.float32))
+    for path, w in dense.items():
+        np.testing.assert_array_equal(w, fpq.dequantize(q[path]) if isinstance(q[path], QTensor) else q[path])
+
+
+def test_forms_give_back_what_they_are_given():
+    w = jax.random.normal(jax.random.key(0), (96, 24)) * jnp.exp(jax.random.normal(jax.random.key(1), (1, 24)))
+    for spec, form in (
+        (fpq.QuantSpec(group_size=32, constraint="m1"), Mxfp4()),
+        (fpq.QuantSpec(group_size=64, constraint="m1"), Mxfp4()),  # a shorter last group
+        (fpq.QuantSpec(group_size="channel", constraint="m1"), Mxfp4()),
+        (fpq.QuantSpec(format="int4", group_size=64), Int4(32)),
+        (fpq.QuantSpec(format="int4", group_size="tensor"), Int4(32)),
+        (fpq.QuantSpec(format="int4", group_size=32, constraint="m2"), Int4(32)),
+        (fpq.QuantSpec(group_size=32, constraint="m2"), Fp8()),
+        (fpq.QuantSpec(format="e3m0-qtorch", group_size=7, constraint="m1"), Fp8()),
+    ):
+        q = jax.jit(fpq.quantize_array, static_argnums=1)(w, spec)
+        assert form.why_not(q) is None
+        tensors = form.tensors(q)
+        for part, expected in form.expected("", q.shape).items():
+            assert tensors[part].shape == expected.shapes[0]
+        back = np.asarray(fpq.dequantize(form.qtensor("", tensors, q.shape)))
+        assert back.tobytes() == np.asarray(fpq.dequantize(q)).tobytes()
+
+
+def test_e8m0_scales_at_the_ends_of_their_range():
+    scales = np.array([[0, 1, 127, 254]], np.uint8)
+    q = Mxfp4().qtensor("", {"weight_packed": np.full((1, 64), 0x22, np.uint8), "weight_scale": scales}, (128, 1))
+    np.testing.assert_array_equal(np.asarray(q.group_scale, np.float64), 2.0 ** (scales.astype(np.float64) - 127))
+
+
+def test_int4s_group_is_one_that_engines_know():
+    spec = lambda size: fpq.QuantSpec(format="int4", group_size=size)
+    of = lambda inputs, size: jax.eval_shape(
+        lambda w: fpq.quantize_array(w, spec(size)), jax.ShapeDtypeStruct((inputs, 8), "float32")
+    )
+    assert form_for("int4", [of(512, 256), of(256, 256)]) == Int4(128)
+    assert form_for("int4", [of(512, 256), of(192, 64), of(192, 64)]) == Int4(64)
+    assert form_for("int4", [of(96, "channel")]) == Int4(32)
+
+
+def test_the_arguments_written_are_those_of_the_library():
+    pytest.importorskip("torch", reason="the torch extra is not installed")
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+
+    for preset, form in (
+        ("FP8_DYNAMIC", Fp8()),
+        ("FP8", Fp8("static", True)),
+        ("MXFP4A16", Mxfp4()),
+        ("W4A16", Int4()),
+    ):
+        config = form.config(["lm_head"])
+        parsed = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "quant_method"})
+        theirs, ours = preset_name_to_scheme(preset, ["Linear"]), parsed.config_groups["group_0"]
+        for part in ("weights", "input_activations"):
+            for key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"):
+                assert getattr(getattr(theirs, part), key, None) == getattr(getattr(ours, part), key, None), (
+                    preset,
+                    key,
+                )
+        assert form_of(config) == form
+        # as the library itself writes it, with all its keys
+        dumped = json.loads(QuantizationConfig(config_groups={"group_0": theirs}, format=form.FORMAT).model_dump_json())
+        assert form_of(dumped) == form
+
+
+WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel"}
+GROUPS = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"quant_method": "awq"}, "quantized with 'awq' are not supported, those of compressed-tensors are"),
+        ({"config_groups": {}}, "must have one config group"),
+        ({"config_groups": {"FP8": ["Linear"]}}, "must have one config group"),
+        ({"config_groups": GROUPS | {"group_1": GROUPS["group_0"]}}, "must have one config group"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme in a quantization_config is not supported"),
+        ({"format": "nvfp4-pack-quantized"}, "and format nvfp4-pack-quantized is not supported; FP8 weights"),
+        (
+            {"config_groups": {"group_0": {"weights": WEIGHTS | {"strategy": "block"}}}},
+            "with 8-bit float block weights, unquantized activations",
+        ),
+        (
+            {"config_groups": {"group_0": {"weights": WEIGHTS | {"type": "int", "symmetric": False}}}},
+            "8-bit int asymmetric channel weights",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named(changed, said):
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": GROUPS}
+    assert form_of(config) == Fp8(None)
+    with pytest.raises(FpqError, match=said):
+        form_of(config | changed)
+
+
+@pytest.mark.parametrize(
+    ("preset", "part", "value"), [("FP8_DYNAMIC", "weight", 0x7F), ("MXFP4A16", "weight_scale", 255)]
+)
+def test_codes_that_are_no_numbers_are_refused(preset, part, value, written, tmp_path):
+    folder, _ = written(preset)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    data[8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]] = value
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(FpqError, match=f"{name} in .* holds NaN values"):
+        open_checkpoint(tmp_path).digest()
