@@ -91,12 +91,14 @@ def test_quantize_and_evaluate_take_them(preset, written, tmp_path, text_file):
             model=str(folder),
             recipe="w4a8-fp-m2",
             calibration=str(text_file),
+            num_samples=8,
+            max_windows=4,
             eval=(str(text_file),),
             output=tmp_path / "out",
             report=report,
         )
     )
-    evaluate.main(evaluate.Options(model=str(folder), eval=(str(text_file),), report=other))
+    evaluate.main(evaluate.Options(model=str(folder), eval=(str(text_file),), max_windows=4, report=other))
     original = json.loads(report.read_text())["perplexity"][str(text_file)]["original"]
     assert json.loads(other.read_text())["perplexity"][str(text_file)]["quantized"] == pytest.approx(original)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
