@@ -74,8 +74,6 @@ HF_CONFIGS = {
     },
 }
 
-VALIDATION_WINDOWS = 48
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -94,6 +92,8 @@ class Options:
     batch_size: int = 8
     learning_rate: float = 3e-3
     evaluate_every: int = 200
+    validation_windows: int = 48
+    """Of each validation text, at most."""
     seed: int = 0
 
 
@@ -231,7 +231,7 @@ def main(options: Options) -> None:
     valid = {}
     for name, documents in valid_texts.items():
         ids = encode(documents).astype(np.int32)
-        valid[name] = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:VALIDATION_WINDOWS]
+        valid[name] = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[: options.validation_windows]
     print(f"Python {platform.python_version()}: {len(tokens):,} training tokens; validation windows:")
     print({name: len(windows) for name, windows in valid.items()})
     write_model(train(options, tokens, valid), HF_CONFIGS[options.architecture], output)

@@ -25,7 +25,8 @@ def test_it_trains_resumes_and_writes_a_hugging_face_folder(tmp_path, architectu
     for steps in ("1", "3"):
         line = [sys.executable, SCRIPT, "--architecture", architecture,
                 "--wikitext", tmp_path, "--c4", tmp_path / "c4.jsonl", "--work-dir", work,
-                "--output", out, "--steps", steps, "--batch-size", "1", "--evaluate-every", "100"]  # fmt: skip
+                "--output", out, "--steps", steps, "--batch-size", "1", "--evaluate-every", "100",
+                "--validation-windows", "4"]  # fmt: skip
         subprocess.run(line, check=True, capture_output=True)
     rows = [json.loads(row) for row in (work / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 3]
