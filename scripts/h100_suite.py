@@ -11,6 +11,7 @@ timed beside.
 
 import argparse
 import dataclasses
+import gc
 import os
 import time
 from pathlib import Path
@@ -117,6 +118,7 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported is looked through at every free_memory otherwise
     try:
         raise SystemExit(main(_arguments()))
     except FpqError as error:
