@@ -52,10 +52,12 @@ def run(line: list, limit: int | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, [*limited, *line])), capture_output=True, text=True, check=False)
 
 
-def quantize(model: Path, text: Path, output: Path, *more: object, limit: int | None = None) -> tuple[dict, str]:
+def quantize(
+    model: Path, text: Path, output: Path, recipe: Path, *, windows: int = 8, limit: int | None = None
+) -> tuple[dict, str]:
     """The report and what was printed of a fresh process, which may take no more memory than ``limit`` bytes."""
-    line = [sys.executable, "-m", "fpq_jax.quantize", "--model", model, "--calibration", text, "--num-samples", "2",
-            "--max-windows", "2", "--output", output, *more]  # fmt: skip
+    line = [sys.executable, "-m", "fpq_jax.quantize", "--model", model, "--calibration", text, "--num-samples", windows,
+            "--max-windows", windows, "--output", output, "--recipe", recipe]  # fmt: skip
     done = run(line, limit)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((output / "report.json").read_text()), done.stdout
@@ -67,9 +69,9 @@ def test_peak_memory_is_flat_in_the_number_of_layers_and_as_estimated(tmp_path, 
     for layers in (4, 16, 48):
         sizes[layers] = write_random_model(tmp_path / f"m{layers}", layers, 384, 1024)
     recipe = write_recipe(tmp_path)
-    quantize(tmp_path / "m4", text_file, tmp_path / "warm", "--recipe", recipe)  # compiles, which takes memory too
+    quantize(tmp_path / "m4", text_file, tmp_path / "warm", recipe)  # compiles, which takes memory too
     for layers in sizes:
-        report, printed = quantize(tmp_path / f"m{layers}", text_file, tmp_path / f"out{layers}", "--recipe", recipe)
+        report, printed = quantize(tmp_path / f"m{layers}", text_file, tmp_path / f"out{layers}", recipe)
         peaks[layers] = report["peak_memory_bytes"]
         needed = printed.partition("Needs about ")[2].split()
         estimated = float(needed[0]) * {"MiB": 2**20, "GiB": 2**30}[needed[1]]
@@ -85,7 +87,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path, text_file):
     size = write_random_model(tmp_path / "large", layers, 768, 2048)
     assert size > limit
     recipe = write_recipe(tmp_path)
-    report, _ = quantize(tmp_path / "large", text_file, tmp_path / "out", "--recipe", recipe, limit=limit)
+    report, _ = quantize(tmp_path / "large", text_file, tmp_path / "out", recipe, windows=2, limit=limit)
     assert report["peak_memory_bytes"] < size and len(report["layers"]) == layers * 7
     assert sum(row["error"] < row["rounding_error"] for row in report["layers"]) == layers
     line = [sys.executable, "-m", "fpq_jax.evaluate", "--model", tmp_path / "large", "--eval", text_file,
