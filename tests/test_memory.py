@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, write_tokenizer
-from fpq_jax.models import abstract_model, model_class_of, params_of, part_of, to_hf_tensors
+from fpq_jax.models import abstract_model, model_class_of, params_of, part_of, to_hf_tensors, with_params
 from safetensors.numpy import save_file
+
+from fpq_jax import QuantSpec, quantize_array, save
 
 MB = 10**6
 
@@ -103,3 +106,38 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path, text_file):
     assert (
         sentence.startswith("error: Quantizing takes about") and "use a shorter --seq-len, or more memory" in sentence
     )
+
+
+EXPORT = """
+import sys
+from pathlib import Path
+from fpq_jax import export
+from fpq_jax._machine import peak_memory
+export.main(export.Options(model=sys.argv[1], format="bf16", output=Path(sys.argv[2])))
+print(peak_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process alone is Linux's")
+def test_an_exports_peak_memory_is_flat_in_the_number_of_layers(tmp_path):
+    peaks, written, kinds = {}, {}, {}
+    config = {**TINY_CONFIG, "hidden_size": 768, "intermediate_size": 2048, "num_key_value_heads": 4}
+    spec = QuantSpec(constraint="m2")
+    for layers in (4, 32):
+        model_class = model_class_of(config)
+        model = abstract_model(model_class, model_class.Config.from_hf({**config, "num_hidden_layers": layers}))
+        params = {}
+        for path, leaf in params_of(model).items():
+            kind = path.split(".", 2)[-1]
+            if kind not in kinds:
+                drawn = jax.random.normal(jax.random.key(len(kinds)), leaf.shape)
+                linear = path.startswith("layers.") and path.endswith("kernel")
+                kinds[kind] = quantize_array(drawn, spec) if linear else drawn
+            params[path] = kinds[kind]
+        save(tmp_path / f"q{layers}", with_params(model, params))
+        done = run([sys.executable, "-c", EXPORT, tmp_path / f"q{layers}", tmp_path / f"out{layers}"])
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks[layers] = int(done.stdout.split()[-1])
+        written[layers] = (tmp_path / f"out{layers}" / "model.safetensors").stat().st_size
+    assert written[32] - written[4] > 4 * 0.05 * peaks[4], "what a leak would hold must be far above the tolerance"
+    assert peaks[32] < 1.05 * peaks[4], peaks
