@@ -25,6 +25,7 @@ from fpq_jax._checkpoint import open_model
 # of stories260K's shape: float32, shared key-value heads, 172 inputs, which groups of 32 do not divide; a real model
 # of a LLaMA's kind takes its place where this names one
 OTHER = os.environ.get("FPQ_TEST_MODEL")
+TEXT = os.environ.get("FPQ_TEST_TEXT", "demo")  # that is like what the models were trained on
 STORIES = {**TINY_CONFIG, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 8,
            "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}  # fmt: skip
 MODELS = ("demo-llama", "demo-opt", "stories")
@@ -145,7 +146,7 @@ def assert_same_with_fp8_activations(oracle, folder):
     """Each Linear to rounding, and the model's perplexity.
 
     Sums in another order move some activation to its neighbouring code, which over the layers comes to the noise of the
-    codes themselves: perplexity on 20,000 tokens is the same to about a two-thousandth, and logits are not.
+    codes themselves: logits differ by it, and perplexity on 20,000 tokens by about a two-thousandth.
     """
     import torch
 
@@ -154,7 +155,7 @@ def assert_same_with_fp8_activations(oracle, folder):
     if oracle.config.vocab_size > STORIES["vocab_size"]:  # it has been trained
         from transformers import AutoTokenizer
 
-        windows = fpq.text_windows("demo", AutoTokenizer.from_pretrained(folder), length=length)[:80]
+        windows = fpq.text_windows(TEXT, AutoTokenizer.from_pretrained(folder), length=length)[: 320 if OTHER else 80]
     ours = fpq.perplexity(lambda p, t: p(t), fpq.load(folder, dtype=jnp.float32), windows).value
     logits, following = torch.tensor(logits_of(oracle, windows)), torch.tensor(np.asarray(windows, np.int64))
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), following[:, 1:].flatten())
@@ -267,7 +268,7 @@ def test_merged_lorc_is_rounded_again_and_its_cost_printed(quantized, tmp_path, 
         report = tmp_path / "r.json"
         evaluate.main(evaluate.Options(model=str(model), eval=(text,), max_windows=8, report=report))
         assert json.loads(report.read_text())["perplexity"][text]["quantized"] == pytest.approx(expected, abs=1e-4)
-    assert value != merged and abs(merged / value - 1) < 0.02
+    assert value != merged and abs(merged / value - 1) < 0.05
     before, after = linears_of(folder), linears_of(tmp_path / "out")
     for name, q in before.items():
         w = fpq.dequantize(q)
