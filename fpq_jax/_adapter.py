@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpq_jax._errors import FpqError
 from fpq_jax._qtensor import LowRank, QTensor
 from fpq_jax._safetensors import TensorsWriter
+
+FOLDER = "lorc"  # in the folder of the weights
 
 
 class AdapterWriter:
@@ -76,5 +79,28 @@ class AdapterWriter:
         return jnp.pad(a, ((0, 0), (0, more))).T, jnp.pad(b, ((0, more), (0, 0))).T
 
 
+def tensor_names(linear: str) -> dict[str, str]:
+    """Of a Linear's lora_A and lora_B in the file."""
+    return {side: f"base_model.model.{linear}.{side}.weight" for side in ("lora_A", "lora_B")}
+
+
+def low_rank_of(tensors: Mapping[str, Any]) -> LowRank:
+    """The factors that such tensors are."""
+    return LowRank(tensors["lora_A"].T, tensors["lora_B"].T)
+
+
+def read_rank(folder: Path) -> int:
+    """The rank of the adapter in a folder; FpqError if it is none that was written here."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FpqError(f"{path} is no adapter's configuration ({type(error).__name__}); export again.") from error
+    if rank != alpha or not isinstance(rank, int):
+        raise FpqError(f"{path} is of another adapter than fpq_jax writes; its lora_alpha is not its rank.")
+    return rank
+
+
 def _named(name: str, pair: tuple[Any, Any]) -> dict[str, Any]:
-    return {f"base_model.model.{name}.lora_{side}.weight": t for side, t in zip("AB", pair, strict=True)}
+    return dict(zip(tensor_names(name).values(), pair, strict=True))

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fpq_jax._tree import Flat
 from fpq_jax._tree_checkpoint import is_tree_dir, read_tree, write_tree
 from fpq_jax._unfinished import is_unfinished, unfinished_folder
 from fpq_jax.models import (
+    QUANTIZATION_KEYS,
     Decoder,
     HfCheckpoint,
     build_model,
@@ -56,7 +57,7 @@ from fpq_jax.models import (
 
 _SIDECARS = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "chat_template.jinja")
 _JUST_MADE = 60.0  # seconds
-_HUB_FILES = ["*.json", "tokenizer.model", "*.txt"]
+_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
 def resolve_model(model: str | Path | None) -> Path:
@@ -256,7 +257,7 @@ def check_output(directory: Path) -> None:
 def new_directory(directory: Path):
     """A folder to fill that becomes ``directory`` by one rename when the block ends well, and vanishes if it fails."""
     check_output(directory)
-    directory = directory.absolute()
+    directory = directory.resolve()  # a link to a folder cannot be renamed over
     directory.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{directory.name}.unfinished-"
     _remove_abandoned(directory.parent, prefix)
@@ -266,9 +267,14 @@ def new_directory(directory: Path):
         _is_free(lock)
         yield unfinished
         unfinished.chmod(0o777 & ~_umask())
-        if directory.is_dir():
-            directory.rmdir()  # empty, or this fails
-        unfinished.rename(directory)
+        try:
+            if directory.is_dir():
+                directory.rmdir()  # empty, or this fails
+            unfinished.rename(directory)
+        except OSError as error:
+            raise FpqError(
+                f"The output {directory} was filled by another command meanwhile; choose another."
+            ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.close(lock)
@@ -277,14 +283,15 @@ def new_directory(directory: Path):
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove what killed processes left of such folders; those of running ones are locked, or have just been made."""
     for folder in parent.glob(f"{glob.escape(prefix)}*"):
-        if time.time() - folder.stat().st_mtime < _JUST_MADE:
-            continue
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            if _is_free(lock):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+        with suppress(FileNotFoundError):  # it has just got its name
+            if time.time() - folder.stat().st_mtime < _JUST_MADE:
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                if _is_free(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _is_free(lock: int) -> bool:
@@ -307,7 +314,8 @@ def copy_sidecars(source: Path, folder: Path) -> None:
     for file in sidecars(source):
         shutil.copyfile(file, folder / file.name)
     config = read_config(folder)
-    if config.pop("quantization_config", None):  # which was about the source's own weights
+    # what was said of the source's own weights is not so of those to come
+    if any([config.pop(key, None) for key in QUANTIZATION_KEYS]):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -61,7 +61,7 @@ class CompressedForm(ReadableForm):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "ignore": ignored,
-            "config_groups": {GROUP: group | {"output_activations": None}},
+            "config_groups": {GROUP: group},
         }
 
 
@@ -84,7 +84,7 @@ class Fp8(CompressedForm):
         scales = ((1,), (), (1, 1)) if self.per_tensor else ((shape[1], 1), (shape[1],))
         found = {"weight": Expected((shape[::-1],), ("F8_E4M3",)), "weight_scale": Expected(scales, _SCALES)}
         if self.activation == "static":
-            found["input_scale"] = Expected(((1,), ()), _SCALES)
+            found["input_scale"] = Expected(((1,), ()), _SCALES, positive=True)
         return found
 
     def qtensor(self, linear: str, tensors: Mapping[str, Any], shape: tuple[int, int]) -> QTensor:
@@ -107,11 +107,13 @@ class Fp8(CompressedForm):
     def why_not(self, q: QTensor) -> str | None:
         fmt = q.spec.format
         if q.group_scale is not None:
-            return f"{fmt} codes under free group scales"
+            return f"{fmt} codes under a scale of its own for each group"
         if not fmt.expands or (fmt.is_float8 and fmt is not E4M3):
             return f"{fmt} codes"
         if q.spec.activation not in (None, E4M3):
             return f"{q.spec.activation} activations"
+        if q.spec.activation_scale == "static" and q.input_scale is None:
+            return "static activations without their scale"
         if (own := _activation_of(q)) != self.activation:
             return f"activations quantized by {own or 'nothing'}, where most have {self.activation or 'nothing'}"
         return None
@@ -141,7 +143,7 @@ class Mxfp4(CompressedForm):
         }
 
     def qtensor(self, linear: str, tensors: Mapping[str, Any], shape: tuple[int, int]) -> QTensor:
-        spec = QuantSpec(format=E2M1, group_size=_MX_GROUP, activation=None)
+        spec = QuantSpec(format=E2M1, group_size=_MX_GROUP, constraint="m1", activation=None)
         # the bits of a power of two: exponent field, no fraction; 2**-127 is the subnormal 2**22
         field = jnp.asarray(tensors["weight_scale"]).astype(jnp.int32)
         scale = jax.lax.bitcast_convert_type(jnp.where(field == 0, 1 << 22, field << 23), jnp.float32)
@@ -180,7 +182,7 @@ class Int4(CompressedForm):
         return {
             "weight_packed": Expected(((outputs, -(-inputs // 8)),), ("I32",)),
             "weight_scale": Expected(((outputs, -(-inputs // self.group_size)),), _SCALES),
-            "weight_shape": Expected(((2,),), ("I64", "I32")),
+            "weight_shape": Expected(((2,),), ("I64", "I32"), values=shape[::-1]),
         }
 
     def qtensor(self, linear: str, tensors: Mapping[str, Any], shape: tuple[int, int]) -> QTensor:
@@ -264,7 +266,7 @@ def form_of(config: Mapping[str, Any]) -> CompressedForm:
             raise FpqError(f"config.json: {key} in a quantization_config is not supported; name the original.")
     found = group.get("format") or config.get("format")
     known = _schemes(group)
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise FpqError(
             f"config.json: compressed-tensors with {_told(group.get('weights'))} weights, "
             f"{_told(group.get('input_activations'))} activations and format {found} is not supported; FP8 weights by "

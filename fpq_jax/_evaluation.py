@@ -126,8 +126,7 @@ def texts_of(
     length, calibration = seq_len, None
     reported = isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.is_packed
     if not specs and reported:
-        report = _read_report(folder)
-        specs, calibration = tuple(report["perplexity"]), report["calibration"]
+        specs, calibration = _texts_of_report(folder)
         length = length or calibration["seq_len"]
         max_windows = max_windows or calibration["max_windows"]
     length = window_length(length, config.max_position_embeddings)
@@ -150,10 +149,12 @@ def texts_of(
     return texts
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
+def _texts_of_report(folder: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The texts that a model was measured on, and what it was calibrated on."""
     try:
-        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return tuple(report["perplexity"]), report["calibration"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise FpqError(f"{folder} has no readable report.json to take the texts from; name --eval.") from error
 
 

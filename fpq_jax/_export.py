@@ -1,7 +1,7 @@
 """Quantized models in the layouts of other tools, written part by part.
 
-What a format cannot hold exactly is refused beforehand, and every Linear that is written is read back and compared, bit
-for bit, but in bf16, whose name says that it rounds.
+What a format cannot hold exactly is refused beforehand. What a reader would make of each Linear's tensors is compared
+with the weight, bit for bit, before they are written; but in bf16, whose name says that it rounds.
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
-from fpq_jax._adapter import AdapterWriter
+from fpq_jax._adapter import FOLDER, AdapterWriter
 from fpq_jax._checkpoint import QuantizedCheckpoint, sidecars
 from fpq_jax._compressed_tensors import CompressedForm, form_for
 from fpq_jax._errors import FpqError
@@ -28,10 +29,9 @@ from fpq_jax._packed import Packed
 from fpq_jax._qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._report import size_text
 from fpq_jax._safetensors import DTYPES, TensorsWriter
-from fpq_jax.models import HfCheckpoint, is_kernel, linear_name, part_names, tensor_name
+from fpq_jax.models import QUANTIZATION_KEYS, HfCheckpoint, is_kernel, linear_name, part_names, tensor_name
 
 FormatName = Literal["fp8", "mxfp4", "int4", "bf16", "safetensors"]
-ADAPTER = "lorc"  # folder of the adapter, in the output
 _OURS = ("recipe.yaml", "report.json")  # what only fpq_jax reads
 _EXACT: tuple[FormatName, ...] = ("fp8", "mxfp4", "int4")
 
@@ -46,14 +46,14 @@ class Export:
     merge_lorc: bool
     max_shard_size: int
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Of the adapter beside the weights; 0 where there is none."""
         return self._adapter(Path()).rank
 
     def _adapter(self, folder: Path) -> AdapterWriter:
         beside = isinstance(self.form, CompressedForm) and not self.merge_lorc
-        return AdapterWriter(folder / ADAPTER, self.weights if beside else {})
+        return AdapterWriter(folder / FOLDER, self.weights if beside else {})
 
     @cached_property
     def weights(self) -> dict[str, QTensor]:
@@ -94,7 +94,7 @@ class Export:
         for part in part_names(self.checkpoint.model_config):
             params = self.checkpoint.read_part(part)
             for path in list(params):
-                self._write(path, params.pop(path), writer, adapter)
+                self._write(path, jax.tree.map(jnp.asarray, params.pop(path)), writer, adapter)
             advance()
         writer.close()
         adapter.close()
@@ -110,12 +110,15 @@ class Export:
 
     def _write(self, path: str, leaf: Any, writer: TensorsWriter, adapter: AdapterWriter) -> None:
         if not isinstance(leaf, QTensor):
-            values = np.asarray(leaf if self.form.dtype is None else leaf.astype(self.form.dtype))
-            writer.write(self._tensor(path), values.T if is_kernel(path) else values)
+            name = self._tensor(path)
+            values = leaf if self.form.dtype is None else leaf.astype(self.form.dtype)
+            _check_finite(name, jnp.isfinite(leaf).all(), jnp.isfinite(values).all())
+            writer.write(name, np.asarray(values.T if is_kernel(path) else values))
             return
         linear = self._linear(path)
         if self.merge_lorc and leaf.low_rank is not None:
             leaf = _merged(leaf)
+        _check_finite(linear, *_finite(leaf, self.form.dtype))
         if isinstance(self.form, CompressedForm) and not _holds(self.form, leaf):
             raise FpqError(f"{linear} cannot be held exactly in {self.name}; its scales are outside of what that has.")
         for suffix, values in self.form.tensors(leaf).items():
@@ -123,7 +126,7 @@ class Export:
         adapter.write(linear, leaf)
 
     def _config(self) -> dict[str, Any]:
-        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in self.checkpoint.config.items() if key not in QUANTIZATION_KEYS}
         dtype = str(jnp.dtype(self.form.arithmetic or self.checkpoint.dtype))
         # transformers 5 says dtype, older ones torch_dtype, which all read
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
@@ -217,6 +220,20 @@ def _merged(q: QTensor) -> QTensor:
     """LoRC added to the weight, and that rounded to FP8 with a scale for each output."""
     spec = replace(q.spec, format=E4M3, group_size="channel", constraint=None, compute_rows=1, exponent_rounding="up")
     return replace(quantize_array(dequantize(q), spec), input_scale=q.input_scale)
+
+
+def _check_finite(name: str, given: Any, written: Any) -> None:
+    if not given:
+        raise FpqError(f"{name} holds NaN or infinite values; the model is damaged.")
+    if not written:
+        raise FpqError(f"{name} holds values beyond bfloat16's range; export the model as safetensors.")
+
+
+@partial(jax.jit, static_argnums=1)
+def _finite(q: QTensor, dtype: DTypeLike | None) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether the weight is, and whether it is in ``dtype``."""
+    w = dequantize(q)
+    return jnp.isfinite(w).all(), jnp.isfinite(w.astype(dtype or w.dtype)).all()
 
 
 @partial(jax.jit, static_argnums=0)

@@ -16,12 +16,16 @@ Tensors = dict[str, Any]  # of a Linear, by what stands behind its name
 
 
 class Expected(NamedTuple):
-    """What a tensor may be: shapes and dtypes (safetensors' names), first what is written here; ``nan``: a code that is
-    no number."""
+    """What a tensor may be: shapes and dtypes (safetensors' names), first what is written here.
+
+    nan: a code that is no number. positive: whether all values must be. values: what they must be.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     nan: int | None = None
+    positive: bool = False
+    values: tuple[int, ...] | None = None
 
 
 class Form(abc.ABC):

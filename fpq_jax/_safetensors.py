@@ -40,7 +40,7 @@ Metadata = Callable[[list[str]], dict[str, str]]
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB, 500MB or 2GiB. FpqError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if size < 1:
         raise FpqError(f"{text!r} is no size; write it as 5GB, 500MB or 2GiB.")

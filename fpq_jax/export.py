@@ -1,15 +1,17 @@
 """Write a quantized model for other engines: python -m fpq_jax.export --model DIR --format NAME --output DIR."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fpq_jax._adapter import FOLDER
 from fpq_jax._checkpoint import check_output, new_directory, open_model, resolve_model
 from fpq_jax._compressed_tensors import FORMATS
 from fpq_jax._console import console, progress, run_command
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._evaluation import perplexities_of, texts_of
-from fpq_jax._export import ADAPTER, Export, FormatName, plan
+from fpq_jax._export import Export, FormatName, plan
 from fpq_jax._mesh import make_mesh
 from fpq_jax._report import shortened, size_text
 from fpq_jax._safetensors import parse_size
@@ -80,15 +82,22 @@ def _notes(export: Export, output: Path) -> list[str]:
         lines.append("A plain checkpoint: each weight is the quantized one, LoRC added, rounded to bfloat16.")
     if activations and name in ("mxfp4", "int4", "bf16"):
         lines.append(
-            f"Its readers leave activations as they are; this model was measured with them in {', '.join(activations)}."
+            f"It leaves activations as they are; this model was measured with them in {', '.join(activations)}."
         )
-    serve = f"vllm serve {output}"
-    if export.rank:
-        lines.append(f"LoRC is a PEFT adapter of rank {export.rank} in {output / ADAPTER}, to be loaded with it.")
-        most = next((rank for rank in _LORA_RANKS if rank >= export.rank), export.rank)
-        serve += f" --enable-lora --max-lora-rank {most} --lora-modules {ADAPTER}={output / ADAPTER}"
+    folder = shlex.quote(str(output))
     if name == "safetensors":
-        return [*lines, "Next:", f"  python -m fpq_jax.evaluate --model {output}"]
+        texts = "" if (output / "report.json").is_file() else " --eval wikitext2"
+        return [*lines, "Next:", f"  python -m fpq_jax.evaluate --model {folder}{texts}"]
+    serve = f"vllm serve {folder}" + (" --linear-backend marlin --dtype bfloat16" if name == "mxfp4" else "")
+    if export.rank:
+        adapter = output / FOLDER
+        lines.append(f"LoRC is a PEFT adapter of rank {export.rank} in {adapter}, to be loaded with it.")
+        most = next((rank for rank in _LORA_RANKS if rank >= export.rank), None)
+        if most is None:
+            lines.append(f"vLLM takes ranks up to {_LORA_RANKS[-1]}; use --merge-lorc for it.")
+        else:
+            name_and_folder = shlex.quote(f"{FOLDER}={adapter}")
+            serve += f" --enable-lora --max-lora-rank {most} --lora-modules {name_and_folder}"
     return [*lines, "Next (docs/engines.md has the other engines):", f"  {serve}"]
 
 

@@ -7,6 +7,7 @@ from fpq_jax.models._cache import LayerCache
 from fpq_jax.models._convert import (
     EMBEDDING,
     HEAD,
+    QUANTIZATION_KEYS,
     abstract_model,
     build_model,
     is_kernel,
@@ -49,6 +50,7 @@ __all__ = [
     "ARCHITECTURES",
     "EMBEDDING",
     "HEAD",
+    "QUANTIZATION_KEYS",
     "Decoder",
     "HfCheckpoint",
     "LayerCache",

@@ -38,6 +38,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is what older checkpoints have
+
+
+def quantization_config(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of quantized weights; None or empty if it has none."""
+    return next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
+
+
 def check_counts(config: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     """FpqError for keys of a config.json that are missing or no positive whole numbers; optional ones may be absent."""
     if missing := [key for key in required if config.get(key) is None]:

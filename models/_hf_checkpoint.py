@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,15 @@ from fpq_jax.models._convert import (
     is_kernel,
     parameter_shapes,
     part_of,
+    quantization_config,
     read_config,
     tensor_name,
 )
-from fpq_jax.models._files import TensorFile, listed, open_files
+from fpq_jax.models._files import SafetensorsFile, TensorFile, listed, open_files
 from jax.typing import DTypeLike
 
 from fpq_jax import _packed
+from fpq_jax._adapter import FOLDER, low_rank_of, read_rank, tensor_names
 from fpq_jax._compressed_tensors import form_of
 from fpq_jax._errors import FpqError
 from fpq_jax._form import Expected, ReadableForm
@@ -63,6 +66,7 @@ class HfCheckpoint:
         files = open_files(folder)
         self.form = _form(self.config, set(files.values()))
         self._where = _by_name(files)
+        self._rank = self._open_adapter()
         self.shapes = parameter_shapes(self.model_class, self.model_config)
         self._parameters = {path: self._parameter(path, shape) for path, shape in self.shapes.items()}
         self._expected = {p.names[part]: e for p in self._parameters.values() for part, e in p.expected.items()}
@@ -85,9 +89,23 @@ class HfCheckpoint:
         linear = name.removesuffix(".weight")
         if self.form is not None and is_kernel(path) and self.form.stores(linear, self._where):
             expected = self.form.expected(linear, (shape[0], shape[1]))
-            return _Parameter(shape, {part: f"{linear}.{part}" for part in expected}, expected, linear)
+            names = {part: f"{linear}.{part}" for part in expected}
+            if (factors := tensor_names(linear))["lora_A"] in self._where:
+                names |= factors
+                sides = {"lora_A": (self._rank, shape[0]), "lora_B": (shape[1], self._rank)}
+                expected |= {side: Expected((size,), _FLOATS) for side, size in sides.items()}
+            return _Parameter(shape, names, expected, linear)
         stored = shape[::-1] if is_kernel(path) else shape
         return _Parameter(shape, {"": name}, {"": Expected((stored,), _FLOATS)})
+
+    def _open_adapter(self) -> int:
+        """Take the tensors of the adapter that an export has beside its weights in; its rank, 0 if there is none."""
+        folder = self.folder / FOLDER
+        if self.form is None or not folder.is_dir():
+            return 0
+        file = SafetensorsFile(folder / "adapter_model.safetensors")
+        self._where |= {name: (file, name) for name in file.names()}
+        return read_rank(folder)
 
     def _check(self) -> None:
         ignored = re.compile("|".join(self.model_class.IGNORED) or "(?!)")
@@ -191,12 +209,17 @@ class HfCheckpoint:
         """A tensor as stored. FpqError if it holds values that are not finite."""
         file, stored = self._where[name]
         value = file.read(stored)
-        nan = self._expected[name].nan
-        if nan is not None and (value == nan).any():
-            raise FpqError(f"Tensor {stored} in {file.path} holds NaN values; the checkpoint is damaged.")
+        expected, wrong = self._expected[name], ""
         if not _all_finite(value):
-            kind = "NaN" if np.isnan(value).any() else "infinite"
-            raise FpqError(f"Tensor {stored} in {file.path} holds {kind} values; the checkpoint is damaged.")
+            wrong = "NaN values" if np.isnan(value).any() else "infinite values"
+        elif expected.nan is not None and (value == expected.nan).any():
+            wrong = "NaN values"
+        elif expected.positive and not (value > 0).all():
+            wrong = "a scale that is not above 0"
+        elif expected.values is not None and tuple(value.tolist()) != expected.values:
+            wrong = f"{value.tolist()} instead of {list(expected.values)}"
+        if wrong:
+            raise FpqError(f"Tensor {stored} in {file.path} holds {wrong}; the checkpoint is damaged.")
         return value
 
     def _leaf(self, path: str, dtype: DTypeLike | None) -> Any:
@@ -216,12 +239,13 @@ class HfCheckpoint:
         inputs, outputs = self.shapes[path]
         linear = self._parameters[path].linear
         assert self.form is not None and linear is not None
-        return self.form.qtensor(linear, tensors, (inputs, outputs))
+        q = self.form.qtensor(linear, tensors, (inputs, outputs))
+        return replace(q, low_rank=low_rank_of(tensors)) if "lora_A" in tensors else q
 
 
 def _form(config: Mapping[str, Any], files: set[TensorFile]) -> ReadableForm | None:
     """How quantized Linears are stored."""
-    told = config.get("quantization_config")
+    told = quantization_config(config)
     if not told:
         return None
     if not isinstance(told, Mapping):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,15 @@ def quantized(tiny_llama):
     kernels = [path for path in params_of(model) if path.endswith("_proj.kernel")]
     new = {}
     for i, path in enumerate(kernels):
-        w = params_of(model)[path]
-        q = quantize_array(w, list(SPECS.values())[i % len(SPECS)])
-        new[path] = lorc(w, q, rank=3, dtype="int8" if i % 2 else "bfloat16") if i % 3 else q
+        spec, rank = list(SPECS.values())[i % len(SPECS)], 3 if i % 3 else 0
+        new[path] = rounded(params_of(model)[path], spec, rank, "int8" if i % 2 else "bfloat16")
     return with_params(model, new)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def rounded(w, spec, rank, dtype):
+    q = quantize_array(w, spec)
+    return lorc(w, q, rank=rank, dtype=dtype) if rank else q
 
 
 def test_a_fresh_process_gives_bit_identical_logits(tmp_path, quantized):

@@ -185,6 +185,7 @@ GROUPS = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}
         ({"config_groups": {"FP8": ["Linear"]}}, "must have one config group"),
         ({"config_groups": GROUPS | {"group_1": GROUPS["group_0"]}}, "must have one config group"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme in a quantization_config is not supported"),
+        ({"format": ["float-quantized"]}, r"and format \['float-quantized'\] is not supported"),
         ({"format": "nvfp4-pack-quantized"}, "and format nvfp4-pack-quantized is not supported; FP8 weights"),
         (
             {"config_groups": {"group_0": {"weights": WEIGHTS | {"strategy": "block"}}}},
@@ -204,16 +205,23 @@ def test_what_is_not_supported_is_named(changed, said):
 
 
 @pytest.mark.parametrize(
-    ("preset", "part", "value"), [("FP8_DYNAMIC", "weight", 0x7F), ("MXFP4A16", "weight_scale", 255)]
+    ("preset", "part", "value", "said"),
+    [
+        ("FP8_DYNAMIC", "weight", b"\x7f", "NaN values"),
+        ("MXFP4A16", "weight_scale", b"\xff", "NaN values"),
+        ("FP8", "input_scale", b"\0\0\0\0", "a scale that is not above 0"),
+        ("W4A16", "weight_shape", b"\1", r"\[257, 128\] instead of \[256, 128\]"),
+    ],
 )
-def test_codes_that_are_no_numbers_are_refused(preset, part, value, written, tmp_path):
+def test_damaged_values_are_refused(preset, part, value, said, written, tmp_path):
     folder, _ = written(preset)
     data = bytearray((folder / "model.safetensors").read_bytes())
     length = int.from_bytes(data[:8], "little")
     name = f"model.layers.1.mlp.up_proj.{part}"
-    data[8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]] = value
+    place = 8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]
+    data[place : place + len(value)] = value
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(data)
-    with pytest.raises(FpqError, match=f"{name} in .* holds NaN values"):
+    with pytest.raises(FpqError, match=f"{name} in .* holds {said}"):
         open_checkpoint(tmp_path).digest()

@@ -45,15 +45,15 @@ def originals(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized(originals, tmp_path_factory):
-    """quantized(name, spec, rank, but=): the folder of a model with every Linear rounded so, but for those whose name
-    ends with ``but``."""
+    """quantized(name, spec, rank, but=): the folder of a model with every Linear rounded so, but for those whose path
+    ends with one of ``but``."""
     made = {}
 
-    def make(name, spec, rank=0, but=()):
+    def make(name, spec, rank=0, but=("nothing",)):
         key = (name, spec, rank, but)
         if key not in made:
             model = fpq.load(originals[name])
-            params = {path: leaf if path.split(".")[-2] in but else _quantized(path, leaf, spec, rank)
+            params = {path: leaf if path.removesuffix(".kernel").endswith(but) else _quantized(path, leaf, spec, rank)
                       for path, leaf in params_of(model).items()}  # fmt: skip
             made[key] = tmp_path_factory.mktemp("quantized") / "model"
             fpq.save(made[key], with_params(model, params))
@@ -215,7 +215,7 @@ def test_everything_that_expands_to_fp8(spec, activations, quantized, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_mxfp4_with_its_adapter(name, quantized, tmp_path):
     peft = pytest.importorskip("peft", reason="the torch extra is not installed")
-    folder = quantized(name, M1, 4, ("down_proj",) if name == "stories" else ())
+    folder = quantized(name, M1, 4, ("down_proj",) if name == "stories" else ("nothing",))
     out = run(folder, "mxfp4", tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     oracle = torch_model(out, dequantize=True)
@@ -234,7 +234,7 @@ def _tensor(folder, suffix):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_int4(name, quantized, tmp_path):
-    folder = quantized(name, INT4, 0, ("down_proj",) if name == "stories" else ())
+    folder = quantized(name, INT4, 0, ("down_proj",) if name == "stories" else ("nothing",))
     out = run(folder, "int4", tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]["weights"][
         "group_size"
@@ -287,10 +287,10 @@ def test_twice_is_byte_identical(form, quantized, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "form", "said"),
     [
-        (QuantSpec(group_size=32), "fp8", r"e2m1 codes under free group scales\. Export it as bf16, which rounds"),
+        (QuantSpec(group_size=32), "fp8", r"under a scale of its own for each group\. Export it as bf16, which rounds"),
         (M2, "mxfp4", r"mxfp4 cannot hold model\.layers\.0\.mlp\.down_proj \(and \d+ other Linears\) exactly: .* m2"),
         (M1, "mxfp4", "172 inputs, which groups of 32 do not divide. Export it as fp8, which can"),
-        (QuantSpec(group_size=20, constraint="m1"), "mxfp4", "groups of 20, which are no multiple of 32|172 inputs"),
+        (QuantSpec(group_size=20, constraint="m1"), "mxfp4", "172 inputs"),
         (QuantSpec(format="int8", group_size="channel", activation="int8"), "fp8", "int8 codes"),
         (QuantSpec(format="e5m2", group_size="channel"), "fp8", "e5m2 codes"),
         (QuantSpec(format="int4", group_size=32, constraint="m2", activation="int8"), "fp8", "int8 activations"),
@@ -321,6 +321,79 @@ def test_wrong_arguments(quantized, originals, tmp_path):
             run(model, form, tmp_path / "out", **options)
     with pytest.raises(FpqError, match="exists and is not empty"):
         run(folder, "fp8", tmp_path / "there")
+
+
+def test_an_export_is_a_model_with_its_lorc(quantized, tmp_path):
+    """Exported again it has lost nothing, and what it is evaluated to is what the original is."""
+    folder = quantized("stories", M2, 4)
+    fp8 = run(folder, "fp8", tmp_path / "fp8")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 30)))
+    logits = lambda folder: np.asarray(jax.jit(lambda t: fpq.load(folder)(t))(tokens))
+    expected = logits(folder)
+    np.testing.assert_array_equal(logits(fp8), expected)
+    assert folder_digests(run(fp8, "fp8", tmp_path / "again")) == folder_digests(fp8)
+    one, two = (run(source, "bf16", tmp_path / f"bf16-{source.name}") for source in (folder, fp8))
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    packed = run(fp8, "safetensors", tmp_path / "packed")
+    np.testing.assert_array_equal(logits(packed), expected)
+    dense = open_model(fp8).read_dense_part("layers.0", jnp.float32)
+    q = params_of(fpq.load(folder))["layers.0.mlp.up_proj.kernel"]
+    np.testing.assert_array_equal(dense["layers.0.mlp.up_proj.kernel"], fpq.dequantize(q))
+    (fp8 / "lorc" / "adapter_config.json").unlink()
+    with pytest.raises(FpqError, match=r"adapter_config\.json is no adapter's configuration"):
+        fpq.load(fp8)
+
+    mxfp4 = run(quantized("stories", M1, 4, ("down_proj",)), "mxfp4", tmp_path / "mxfp4")
+    assert folder_digests(run(mxfp4, "mxfp4", tmp_path / "mxfp4-again")) == folder_digests(mxfp4)
+
+
+def test_linears_that_engines_merge(quantized, tmp_path, capsys):
+    ignored = lambda out: json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    but = lambda layer, *names: tuple(f"layers.{layer}.{name}" for name in names)
+    merged = "model.layers.0.self_attn.qkv_proj"
+    out = run(quantized("stories", M2, 0, but(0, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")), "fp8",
+              tmp_path / "whole")  # fmt: skip
+    qkv = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert sorted(ignored(out)) == sorted([*qkv, "lm_head", merged]) and "merge" not in capsys.readouterr().out
+    out = run(quantized("stories", M2, 0, but(0, "self_attn.k_proj")), "fp8", tmp_path / "torn")
+    assert sorted(ignored(out)) == sorted(["model.layers.0.self_attn.k_proj", "lm_head"])
+    assert (
+        f"vLLM and SGLang merge Linears of one input, and refuse {merged}, quantized in part" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("form", ["fp8", "bf16", "safetensors"])
+def test_values_that_are_no_numbers_are_not_written(form, quantized, tmp_path):
+    model = fpq.load(quantized("stories", M2, 4))
+    params = params_of(model)
+    path = "layers.1.mlp.up_proj.kernel"
+    scale = params[path].row_scale.at[3, 0].set(jnp.nan)
+    for i, bad in enumerate(({path: replace(params[path], row_scale=scale)}, {"norm.scale": jnp.full((64,), jnp.inf)})):
+        fpq.save(tmp_path / f"bad{i}", with_params(model, params | bad))
+        name = ("model.layers.1.mlp.up_proj", "model.norm.weight")[i]
+        with pytest.raises(FpqError, match=rf"{name} holds NaN or infinite values"):
+            run(tmp_path / f"bad{i}", form, tmp_path / "out")
+    if form == "bf16":
+        fpq.save(tmp_path / "big", with_params(model, params | {"norm.scale": jnp.full((64,), 3.4e38)}))
+        with pytest.raises(FpqError, match=r"model\.norm\.weight holds values beyond bfloat16's range"):
+            run(tmp_path / "big", form, tmp_path / "out")
+
+
+def test_a_static_scale_that_is_missing_is_named(quantized, tmp_path):
+    model = fpq.load(quantized("stories", replace(W8, activation_scale="static")))
+    params = {p: replace(q, input_scale=None) if isinstance(q, QTensor) else q for p, q in params_of(model).items()}
+    fpq.save(tmp_path / "bad", with_params(model, params))
+    with pytest.raises(FpqError, match="it has static activations without their scale"):
+        run(tmp_path / "bad", "fp8", tmp_path / "out")
+
+
+def test_a_full_disk_is_said_before_anything_is_written(quantized, tmp_path, monkeypatch):
+    import fpq_jax._export as module
+
+    monkeypatch.setattr(module, "free_disk", lambda place: 1000)
+    with pytest.raises(FpqError, match=r"The export takes [\d.]+ KiB and 1000 B are free; make room there"):
+        run(quantized("stories", M2), "fp8", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_scales_beyond_a_format_are_found_as_they_are_written(quantized, tmp_path):
