@@ -224,7 +224,7 @@ def test_what_a_killed_process_left_is_removed_and_what_another_is_writing_is_no
         folder.mkdir()
         (folder / "file").write_text("x")
     os.utime(left, (old, old))
-    with pytest.raises(OSError, match="not empty"), new_directory(tmp_path / "out") as writing:
+    with pytest.raises(FpqError, match="filled by another command"), new_directory(tmp_path / "out") as writing:
         os.utime(writing, (old, old))
         with new_directory(tmp_path / "out") as other:
             assert writing.exists() and other.exists() and recent.exists() and not left.exists()
