@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool
 
 from fpq_jax._adapter import FOLDER, AdapterWriter
 from fpq_jax._checkpoint import QuantizedCheckpoint, sidecars
-from fpq_jax._compressed_tensors import CompressedForm, form_for
+from fpq_jax._compressed_tensors import CompressedForm, can_hold, form_for
 from fpq_jax._errors import FpqError
 from fpq_jax._form import Dense, Form
 from fpq_jax._formats import E4M3
@@ -195,8 +195,7 @@ def _form(name: FormatName, weights: dict[str, QTensor]) -> Form:
 def _instead(weights: dict[str, QTensor]) -> str:
     """The nearest format that can."""
     for name in _EXACT:
-        form = _form(name, weights)
-        if all(form.why_not(q) is None for q in weights.values()):
+        if can_hold(name, list(weights.values())):
             return f"Export it as {name}, which can."
     return "Export it as bf16, which rounds it to bfloat16, or as safetensors, which is exact and for fpq_jax alone."
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpq_jax._adapter import FOLDER
-from fpq_jax._checkpoint import check_output, new_directory, open_model, resolve_model
+from fpq_jax._checkpoint import open_model, resolve_model
 from fpq_jax._compressed_tensors import FORMATS
 from fpq_jax._console import console, progress, run_command
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._evaluation import perplexities_of, texts_of
 from fpq_jax._export import Export, FormatName, plan
 from fpq_jax._mesh import make_mesh
+from fpq_jax._output import check_output, new_directory
 from fpq_jax._report import shortened, size_text
 from fpq_jax._safetensors import parse_size
 from fpq_jax._text import Windows, check_spec

@@ -10,13 +10,15 @@ import jax
 import yaml
 
 from fpq_jax._atomic import write_json
-from fpq_jax._checkpoint import check_output, copy_sidecars, write_manifest
+from fpq_jax._checkpoint import copy_sidecars, write_manifest
+from fpq_jax._compressed_tensors import can_hold
 from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._job import Job
 from fpq_jax._layerwise import BATCH_TOKENS
 from fpq_jax._linear import product_kind
 from fpq_jax._mesh import is_first, parse_mesh
+from fpq_jax._output import check_output
 from fpq_jax._qtensor import QTensor
 from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
 from fpq_jax._report import shortened, size_text
@@ -168,6 +170,11 @@ def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) ->
     console.print(f"The quantized model is in {output}. Next:", markup=False)
     console.print(f"  python -m fpq_jax.evaluate --model {output}", markup=False)
     console.print(f'  python -m fpq_jax.generate --model {output} --prompt "The"', markup=False)
+    if can_hold("fp8", [leaf for leaf in params.values() if isinstance(leaf, QTensor)]):
+        console.print(
+            f"  python -m fpq_jax.export --model {output} --format fp8 --output {output}-fp8   # for other engines",
+            markup=False,
+        )
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from jax.typing import DTypeLike
 
 from fpq_jax import _packed
 from fpq_jax._adapter import FOLDER, low_rank_of, read_rank, tensor_names
-from fpq_jax._compressed_tensors import form_of
 from fpq_jax._errors import FpqError
 from fpq_jax._form import Expected, ReadableForm
 from fpq_jax._packed import Packed
 from fpq_jax._qtensor import QTensor, dequantize
+from fpq_jax._quantization_config import form_of
 from fpq_jax._safetensors import DTYPES
 from fpq_jax._tree import Flat
 

@@ -19,10 +19,11 @@ import numpy as np
 from fpq_jax.models import HfCheckpoint, Llama, Opt, abstract_model, to_hf_tensors, with_params
 from safetensors.numpy import save_file
 
-from fpq_jax._checkpoint import check_output, copy_sidecars, new_directory, open_original, resolve_model
+from fpq_jax._checkpoint import copy_sidecars, open_original, resolve_model
 from fpq_jax._console import console, run_command
 from fpq_jax._errors import FpqError
 from fpq_jax._linear import Observed
+from fpq_jax._output import check_output, new_directory
 from fpq_jax._tree import Flat
 
 _NORMS = {

@@ -15,7 +15,8 @@ from conftest import OPT_CONFIG, random_tensors, write_checkpoint
 from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, QuantSpec, load, lorc, quantize_array, save
-from fpq_jax._checkpoint import check_output, new_directory, resolve_model
+from fpq_jax._checkpoint import resolve_model
+from fpq_jax._output import check_output, new_directory
 from fpq_jax._tree import stored_bytes
 
 SPECS = {
