@@ -42,6 +42,8 @@ _ARRAYS = (
 )
 install_import_hook([*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.models"], "beartype.beartype")
 
+_MAPPINGS = 20_000
+
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -155,6 +157,21 @@ def assert_a_cache_gives_the_same_logits(folder: Path, config: dict) -> None:
     for start, end in ((0, 7), (7, 8), (8, 20)):
         logits, cache = model(tokens[:, start:end], cache, jnp.int32(start))
         np.testing.assert_allclose(logits, whole[:, start:end], atol=2e-5 * float(jnp.abs(whole).max()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """What was compiled is let go of, file by file, when there is much of it: each program has mapped memory, and a
+    process may have 65,530 mappings on Linux."""
+    yield
+    import gc
+
+    import jax
+
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
