@@ -133,9 +133,9 @@ def assert_same_weights(oracle, weights, dtype=jnp.float32, low_rank=False):
 
 
 def assert_same_logits(oracle, folder, dtype=jnp.float32):
-    """As ours with the dequantized weights, LoRC added, and activations left alone."""
+    """As ours with the dequantized weights, LoRC added, all rounded to ``dtype``, and activations left alone."""
     model = fpq.load(folder, dtype=jnp.float32)
-    dense = {path: fpq.dequantize(leaf, dtype).astype(jnp.float32) if isinstance(leaf, QTensor) else leaf
+    dense = {path: (fpq.dequantize(leaf) if isinstance(leaf, QTensor) else leaf).astype(dtype).astype(jnp.float32)
              for path, leaf in params_of(model).items()}  # fmt: skip
     tokens = tokens_for(oracle, (2, 40))
     expected = np.asarray(jax.jit(lambda t: with_params(model, dense)(t))(jnp.asarray(tokens)))
@@ -252,8 +252,7 @@ def test_bf16(name, quantized, tmp_path):
     oracle = torch_model(out)
     assert oracle.config.dtype is not None and "quantization_config" not in (out / "config.json").read_text()
     assert_same_weights(oracle, linears_of(folder), jnp.bfloat16, low_rank=True)
-    if name != "stories":  # whose other parameters are float32, and rounded
-        assert_same_logits(oracle, folder, jnp.bfloat16)
+    assert_same_logits(oracle, folder, jnp.bfloat16)
 
 
 def test_merged_lorc_is_rounded_again_and_its_cost_printed(quantized, tmp_path, capsys, text_file):
@@ -276,9 +275,11 @@ def test_merged_lorc_is_rounded_again_and_its_cost_printed(quantized, tmp_path, 
         assert 0 < error < 0.04 and after[name].low_rank is None
 
 
-@pytest.mark.parametrize("form", ["fp8", "bf16", "safetensors"])
-def test_twice_is_byte_identical(form, quantized, tmp_path):
-    folder = quantized("stories", M2, 4)
+@pytest.mark.parametrize(
+    ("form", "spec"), [("fp8", M2), ("mxfp4", M1), ("int4", INT4), ("bf16", M2), ("safetensors", M2)]
+)
+def test_twice_is_byte_identical(form, spec, quantized, tmp_path):
+    folder = quantized("stories", spec, 4, ("down_proj",) if form in ("mxfp4", "int4") else ("nothing",))
     one = run(folder, form, tmp_path / "one", max_shard_size="100KB")
     two = run(folder, form, tmp_path / "two", max_shard_size="100KB")
     assert folder_digests(one) == folder_digests(two) and len(folder_digests(one)) > 5
