@@ -78,7 +78,9 @@ def _notes(export: Export, output: Path) -> list[str]:
         lines.append(f"compressed-tensors {FORMATS[name]}; {what}.")
         if torn := export.torn:
             more = f" and {len(torn) - 1} more" if len(torn) > 1 else ""
-            lines.append(f"vLLM and SGLang merge Linears of one input, and refuse {torn[0]}{more}, quantized in part.")
+            lines.append(
+                f"vLLM and SGLang merge Linears of one input, and cannot load {torn[0]}{more}, quantized in part."
+            )
     if name == "bf16":
         lines.append("A plain checkpoint: each weight is the quantized one, LoRC added, rounded to bfloat16.")
     if activations and name in ("mxfp4", "int4", "bf16"):
