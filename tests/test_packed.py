@@ -16,6 +16,7 @@ from fpq_jax.models import linear_name, params_of, with_params
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, QuantSpec, evaluate, export, generate, quantize
 from fpq_jax._checkpoint import copy_sidecars
+from fpq_jax._text import tail_name
 
 SPECS = (
     QuantSpec(group_size=32, constraint="m2"),
@@ -97,15 +98,14 @@ def test_the_reader_in_the_docs(model_and_folder, tmp_path):
     np.testing.assert_array_equal(tensors["lm_head.weight"].T, params["lm_head.kernel"])
 
 
-def test_the_commands_take_it(tiny_llama, text_file, tmp_path, capsys):
-    quantize.main(
-        quantize.Options(
-            model=str(tiny_llama), calibration=str(text_file), num_samples=8, max_windows=4, output=tmp_path / "q"
-        )
-    )
-    out = write(tmp_path / "q", tmp_path / "out")
+def test_the_commands_take_it(model_and_folder, text_file, tmp_path, capsys):
+    shutil.copytree(model_and_folder[1], folder := tmp_path / "q")
+    calibration = {"spec": str(text_file), "requested_samples": 8, "seq_len": 32, "max_windows": 4}
+    report = {"perplexity": {tail_name(str(text_file)): {}}, "calibration": calibration}
+    (folder / "report.json").write_text(json.dumps(report))
+    out = write(folder, tmp_path / "out")
     found = []
-    for model in (tmp_path / "q", out):
+    for model in (folder, out):
         # on the texts of the report, which has come along
         evaluate.main(evaluate.Options(model=str(model), report=tmp_path / "r.json"))
         found.append(json.loads((tmp_path / "r.json").read_text())["perplexity"])
