@@ -29,6 +29,7 @@ from fpq_jax._packed import Packed
 from fpq_jax._qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._report import size_text
 from fpq_jax._safetensors import DTYPES, TensorsWriter
+from fpq_jax._tree import Flat
 from fpq_jax.models import QUANTIZATION_KEYS, HfCheckpoint, is_kernel, linear_name, part_names, tensor_name
 
 FormatName = Literal["fp8", "mxfp4", "int4", "bf16", "safetensors"]
@@ -41,6 +42,7 @@ class Export:
     """A model about to be exported; made by ``plan``, which has found that it can be."""
 
     checkpoint: QuantizedCheckpoint | HfCheckpoint
+    leaves: Flat  # every parameter's shape, by path in the order in which they are read
     name: FormatName
     form: Form
     merge_lorc: bool
@@ -58,20 +60,19 @@ class Export:
     @cached_property
     def weights(self) -> dict[str, QTensor]:
         """Every quantized Linear's shapes, by its name."""
-        return _weights(self.checkpoint)
+        return _weights(self.checkpoint.model_class, self.leaves)
 
     def _tensors(self) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
         """Name, shape and dtype of all there is to write, in the order in which it is read."""
-        for part in part_names(self.checkpoint.model_config):
-            for path, leaf in self.checkpoint.abstract_part(part).items():
-                if isinstance(leaf, QTensor):
-                    linear = self._linear(path)
-                    for suffix, expected in self.form.expected(linear, leaf.shape).items():
-                        dtype = DTYPES[expected.dtypes[0]]
-                        yield f"{linear}.{suffix}", jax.ShapeDtypeStruct(expected.shapes[0], dtype)
-                else:
-                    shape = leaf.shape[::-1] if is_kernel(path) else leaf.shape
-                    yield self._tensor(path), jax.ShapeDtypeStruct(shape, self.form.dtype or leaf.dtype)
+        for path, leaf in self.leaves.items():
+            if isinstance(leaf, QTensor):
+                linear = self._linear(path)
+                for suffix, expected in self.form.expected(linear, leaf.shape).items():
+                    dtype = DTYPES[expected.dtypes[0]]
+                    yield f"{linear}.{suffix}", jax.ShapeDtypeStruct(expected.shapes[0], dtype)
+            else:
+                shape = leaf.shape[::-1] if is_kernel(path) else leaf.shape
+                yield self._tensor(path), jax.ShapeDtypeStruct(shape, self.form.dtype or leaf.dtype)
 
     def _tensor(self, path: str) -> str:
         return tensor_name(self.checkpoint.model_class, path)
@@ -137,7 +138,7 @@ class Export:
     @cached_property
     def _unquantized(self) -> list[str]:
         """Linears that are not quantized; a tied head is one to others."""
-        kernels = [self._linear(path) for path in _paths(self.checkpoint) if is_kernel(path)]
+        kernels = [self._linear(path) for path in self.leaves if is_kernel(path)]
         head = [] if "lm_head" in kernels else ["lm_head"]
         return [name for name in kernels if name not in self.weights] + head
 
@@ -165,7 +166,9 @@ def plan(
     checkpoint: QuantizedCheckpoint | HfCheckpoint, name: FormatName, *, merge_lorc: bool, max_shard_size: int
 ) -> Export:
     """What exporting the model in the format takes. FpqError for what the format cannot hold, with one that can."""
-    weights = _weights(checkpoint)
+    parts = part_names(checkpoint.model_config)
+    leaves: Flat = {path: leaf for part in parts for path, leaf in checkpoint.abstract_part(part).items()}
+    weights = _weights(checkpoint.model_class, leaves)
     if not weights:
         raise FpqError(f"{checkpoint.folder} is not quantized; name a directory that quantize wrote.")
     has_lorc = any(q.low_rank is not None for q in weights.values())
@@ -183,7 +186,7 @@ def plan(
         linear, why = next(iter(problems.items()))
         others = f" (and {len(problems) - 1} other Linears)" if len(problems) > 1 else ""
         raise FpqError(f"{name} cannot hold {linear}{others} exactly: it has {why}. {_instead(weights)}")
-    return Export(checkpoint, name, form, merge_lorc, max_shard_size)
+    return Export(checkpoint, leaves, name, form, merge_lorc, max_shard_size)
 
 
 def _form(name: FormatName, weights: dict[str, QTensor]) -> Form:
@@ -200,14 +203,9 @@ def _instead(weights: dict[str, QTensor]) -> str:
     return "Export it as bf16, which rounds it to bfloat16, or as safetensors, which is exact and for fpq_jax alone."
 
 
-def _paths(checkpoint: QuantizedCheckpoint | HfCheckpoint) -> dict[str, Any]:
-    parts = part_names(checkpoint.model_config)
-    return {path: leaf for part in parts for path, leaf in checkpoint.abstract_part(part).items()}
-
-
-def _weights(checkpoint: QuantizedCheckpoint | HfCheckpoint) -> dict[str, QTensor]:
-    leaves = _paths(checkpoint).items()
-    return {linear_name(checkpoint.model_class, path): q for path, q in leaves if isinstance(q, QTensor)}
+def _weights(model_class: Any, leaves: Flat) -> dict[str, QTensor]:
+    """The quantized ones, by the Linear's name."""
+    return {linear_name(model_class, path): q for path, q in leaves.items() if isinstance(q, QTensor)}
 
 
 def _merged_shapes(weights: dict[str, QTensor]) -> dict[str, QTensor]:

@@ -44,7 +44,6 @@ class _Parameter(NamedTuple):
     """Where a parameter is: the names of its tensors in a whole model, by part ("" for all of it); ``linear``: the
     Linear's name, if it is quantized."""
 
-    shape: tuple[int, ...]
     names: dict[str, str]
     expected: dict[str, Expected]
     linear: str | None = None
@@ -94,9 +93,9 @@ class HfCheckpoint:
                 names |= factors
                 sides = {"lora_A": (self._rank, shape[0]), "lora_B": (shape[1], self._rank)}
                 expected |= {side: Expected((size,), _FLOATS) for side, size in sides.items()}
-            return _Parameter(shape, names, expected, linear)
+            return _Parameter(names, expected, linear)
         stored = shape[::-1] if is_kernel(path) else shape
-        return _Parameter(shape, {"": name}, {"": Expected((stored,), _FLOATS)})
+        return _Parameter({"": name}, {"": Expected((stored,), _FLOATS)})
 
     def _open_adapter(self) -> int:
         """Take the tensors of the adapter that an export has beside its weights in; its rank, 0 if there is none."""

@@ -1,10 +1,8 @@
 import fnmatch
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 
 import jax
@@ -216,18 +214,3 @@ def test_a_model_with_nothing_behind_its_layers_is_saved_and_loaded(tmp_path):
     save(tmp_path / "out", model)
     tokens = jnp.arange(20)[None]
     np.testing.assert_array_equal(load(tmp_path / "out")(tokens), model(tokens))
-
-
-def test_what_a_killed_process_left_is_removed_and_what_another_is_writing_is_not(tmp_path):
-    old = time.time() - 3600
-    left, recent = tmp_path / ".out.unfinished-left", tmp_path / ".out.unfinished-recent"
-    for folder in (left, recent):
-        folder.mkdir()
-        (folder / "file").write_text("x")
-    os.utime(left, (old, old))
-    with pytest.raises(FpqError, match="filled by another command"), new_directory(tmp_path / "out") as writing:
-        os.utime(writing, (old, old))
-        with new_directory(tmp_path / "out") as other:
-            assert writing.exists() and other.exists() and recent.exists() and not left.exists()
-            (other / "a").write_text("first")
-    assert (tmp_path / "out" / "a").read_text() == "first" and not writing.exists()

@@ -270,9 +270,11 @@ def test_merged_lorc_is_rounded_again_and_its_cost_printed(quantized, tmp_path, 
     assert value != merged and abs(merged / value - 1) < 0.05
     before, after = linears_of(folder), linears_of(tmp_path / "out")
     for name, q in before.items():
-        w = fpq.dequantize(q)
-        error = jnp.abs(fpq.dequantize(after[name]) - w).max() / jnp.abs(w).max()
+        w, found = fpq.dequantize(q), fpq.dequantize(after[name])
+        error = jnp.abs(found - w).max() / jnp.abs(w).max()
         assert 0 < error < 0.04 and after[name].low_rank is None
+        # what was rounded is the weight with LoRC, and not the one without
+        assert jnp.linalg.norm(found - w) < jnp.linalg.norm(found - fpq.dequantize(q, low_rank=False))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def quantize(
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process alone is Linux's")
 def test_peak_memory_is_flat_in_the_number_of_layers_and_as_estimated(tmp_path, text_file):
     peaks, sizes = {}, {}
-    for layers in (4, 48):
+    for layers in (4, 16, 48):
         sizes[layers] = write_random_model(tmp_path / f"m{layers}", layers, 384, 1024)
     recipe = write_recipe(tmp_path)
     quantize(tmp_path / "m4", text_file, tmp_path / "warm", recipe)  # compiles, which takes memory too
