@@ -1,6 +1,7 @@
 """Peak memory of whole runs, in fresh processes: flat in the number of layers, and below the checkpoint's own size."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.numpy import save_file
 from fpq_jax import QuantSpec, quantize_array, save
 
 MB = 10**6
+# of threads' own arenas, and of what was freed, glibc keeps more than is used: noise here, and a limit counts it
+ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def write_random_model(folder: Path, layers: int, hidden: int, inner: int) -> int:
@@ -50,9 +53,9 @@ def write_recipe(folder: Path) -> Path:
 
 def run(line: list, limit: int | None = None) -> subprocess.CompletedProcess:
     """A fresh process whose data may be no more than ``limit`` bytes."""
-    # of threads' own arenas, which glibc keeps, more is set aside than is used, and the limit counts it
-    limited = [] if limit is None else ["sh", "-c", 'ulimit -d "$0" && MALLOC_ARENA_MAX=2 exec "$@"', limit // 1024]
-    return subprocess.run(list(map(str, [*limited, *line])), capture_output=True, text=True, check=False)
+    limited = [] if limit is None else ["sh", "-c", 'ulimit -d "$0" && exec "$@"', limit // 1024]
+    line = list(map(str, [*limited, *line]))
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | ALLOCATOR)
 
 
 def quantize(
