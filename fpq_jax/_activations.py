@@ -11,6 +11,7 @@ from fpq_jax._errors import FpqError
 from fpq_jax._formats import Format, encode
 from fpq_jax._qtensor import QTensor
 from fpq_jax._scales import Scale, range_scale
+from fpq_jax.kernels import Fragments
 
 _MANY_TOKENS = 1024  # kernels of a decoder layer were counted for 256 and 2048
 
@@ -58,13 +59,13 @@ def fake_quantize_tokens(
     return scale.numbers(scale.values(x.astype(jnp.float32), fmt), fmt).astype(x.dtype)
 
 
-def tokens_for(x: Float[Array, "*batch in"], q: QTensor, *, axis: str | None = None) -> QuantizedTokens:
+def tokens_for(x: Float[Array, "*batch in"], q: QTensor | Fragments, *, axis: str | None = None) -> QuantizedTokens:
     """The activations that ``q`` meets, quantized as its spec says."""
     assert q.spec.activation is not None
     return quantize_tokens(x, q.spec.activation, static_scale(q), axis=axis)
 
 
-def static_scale(q: QTensor) -> Scale | None:
+def static_scale(q: QTensor | Fragments) -> Scale | None:
     """The calibrated scale of the activations that ``q`` meets, None where tokens have their own."""
     if q.spec.activation_scale == "token":
         return None

@@ -174,9 +174,10 @@ def load(
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
     ``dtype`` is what the unquantized parameters are held in, by default as stored (float32 for float16 to be run on a
-    CPU, which has no such products). ``expand`` prepares the model to be
-    run (see ``prepare``): "load" turns packed 4-bit codes into FP8 once, exactly, where their scales allow it; "step"
-    leaves them packed, half the memory, and expands them in each product. None leaves everything as stored, for
+    CPU, which has no such products). ``expand`` prepares the model to be run (see ``prepare``): "load" turns packed
+    4-bit codes into FP8 once, exactly, where their scales allow it; "step" leaves them packed, half the memory, and
+    expands them in each product; "kernel" lays them out for our own kernel, which has not been measured on a GPU yet.
+    None leaves everything as stored, for
     ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
     device reads its own part. Raises FpqError.
 
@@ -185,7 +186,7 @@ def load(
     option applies (see ``expand_params``).
     """
     if expand is not None:
-        check_residency(expand)
+        check_residency(expand, 1 if mesh is None else mesh.size)
     folder = resolve_model(directory)
     if like is not None or is_tree_dir(folder):
         return _load_tree(folder, like, dtype=dtype, expand=expand, mesh=mesh)

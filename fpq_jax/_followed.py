@@ -10,6 +10,12 @@ from jaxtyping import Array
 
 from fpq_jax._layout import Factor, Layout, Product, laid_out
 from fpq_jax._qtensor import Axes, QTensor, dequantize
+from fpq_jax.kernels import Fragments, of_fragments
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is a QTensor, or one laid out for our kernel."""
+    return isinstance(leaf, QTensor | Fragments)
 
 
 class Place(NamedTuple):
@@ -47,7 +53,7 @@ class Followed:
 
     @property
     def quantized(self) -> bool:
-        return isinstance(self.value, QTensor)
+        return is_quantized(self.value)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +70,7 @@ class Followed:
         if not self.quantized:
             return self.value
         assert self.axes is not None
-        return laid_out(dequantize(self.value, self.dtype), self.layout, self.axes)
+        return laid_out(dequantize(of_fragments(self.value), self.dtype), self.layout, self.axes)
 
     def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "Followed":
         """With another layout, which ``move`` gives to an array."""

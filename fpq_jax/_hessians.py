@@ -19,11 +19,11 @@ from jaxtyping import Array
 
 from fpq_jax._activations import fake_quantize_tokens
 from fpq_jax._errors import FpqError
-from fpq_jax._followed import Followed, Known, Place, Rules, Together, empty
+from fpq_jax._followed import Followed, Known, Place, Rules, Together, empty, is_quantized
 from fpq_jax._gptq import hessian
 from fpq_jax._layout import Factor, Plan, Product, plan
 from fpq_jax._qtensor import Kind
-from fpq_jax._quantized import Input, Multiply, Traced, arranged, is_quantized, is_traced
+from fpq_jax._quantized import Input, Multiply, Traced, arranged, is_traced
 from fpq_jax._recipe import Recipe
 from fpq_jax._scales import Scale, range_scale
 from fpq_jax._select import Chosen, Use, select

@@ -10,6 +10,9 @@
 - "dequantized", free scales of several groups: the weight, rounded to bfloat16, and the activation's codes in it;
 - "weight_only", activations left alone: the dequantized weight in the activation's dtype.
 
+Codes in the order of our own kernel (``kernels.Fragments``) are multiplied by it for few tokens, and for many as above
+from packed codes.
+
 Scales come behind the product, then LoRC in bfloat16, then the bias. Gradients flow to the input, straight through its
 rounding, to LoRC's factors and to the bias, not to codes and scales. Levels less their zero points are exact in
 bfloat16 but do not fit int8: with int8 codes c and m that lack a and b, the product is
@@ -34,6 +37,7 @@ from fpq_jax._formats import E5M2, Format, IntFormat, decode, unpack
 from fpq_jax._mesh import MODEL, over_model
 from fpq_jax._qtensor import LowRank, QTensor, check_exponents, dequantize, expand, pad_to
 from fpq_jax._scales import Scale
+from fpq_jax.kernels import MOST_TOKENS, Fragments, matmul, of_fragments
 
 ProductKind = Literal["fp8", "int8", "codes", "dequantized", "weight_only"]
 FP8_MULTIPLE = 16  # what FP8 products of a GPU want of every dimension
@@ -81,10 +85,11 @@ class Observed:
 
 def linear(
     x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"] | QTensor | Divided | Observed,
+    kernel: Float[Array, "in out"] | QTensor | Fragments | Divided | Observed,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor."""
+    """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor, or what
+    ``expand_params`` makes of one."""
     return linears(x, [(kernel, bias)])[0]
 
 
@@ -105,7 +110,7 @@ def linears(
     shared = {} if shared is None else shared
     results = []
     for kernel, bias in weights:
-        if not isinstance(kernel, QTensor):
+        if not isinstance(kernel, QTensor | Fragments):
             y = _other_linear(x, kernel)
             results.append(y if bias is None else y + bias)
             continue
@@ -116,7 +121,7 @@ def linears(
             if how not in shared:
                 shared[how] = _tokens(x, kernel), kernel.input_scale
             tokens = shared[how][0]
-            if kernel.has_fp8_form:
+            if isinstance(kernel, QTensor) and kernel.has_fp8_form:
                 check_exponents(kernel)  # while they can be looked at
         results.append(_quantized_linear(x, tokens, kernel, bias, dtype=dtype))
     return results
@@ -150,7 +155,7 @@ def _divided_linear(x: Float[Array, "*batch in"], divided: Divided) -> Float[Arr
 
 
 @partial(jax.jit, inline=True)
-def _tokens(x: Float[Array, "*batch in"], q: QTensor) -> QuantizedTokens:
+def _tokens(x: Float[Array, "*batch in"], q: QTensor | Fragments) -> QuantizedTokens:
     return tokens_for(jax.lax.stop_gradient(x), q)
 
 
@@ -159,7 +164,7 @@ def _tokens(x: Float[Array, "*batch in"], q: QTensor) -> QuantizedTokens:
 def _quantized_linear(
     x: Float[Array, "*batch in"],
     tokens: QuantizedTokens | None,
-    q: QTensor,
+    q: QTensor | Fragments,
     bias: Array | None,
     *,
     axis: str | None = None,
@@ -176,12 +181,20 @@ def _quantized_linear(
 
 
 @jax.custom_jvp
-def _multiplied(x: Float[Array, "*batch in"], tokens: QuantizedTokens | None, q: QTensor) -> Float[Array, "*batch out"]:
+def _multiplied(
+    x: Float[Array, "*batch in"], tokens: QuantizedTokens | None, q: QTensor | Fragments
+) -> Float[Array, "*batch out"]:
     """x (quantized: ``tokens``) times the weight without LoRC, in float32. It is differentiated as x @ dequantize(q):
     straight through the rounding of x (Bengio et al., arXiv 1308.3432), and the weight is a constant."""
     if tokens is None:
         return jnp.matmul(x, dequantize(q, x.dtype), preferred_element_type=jnp.float32)
-    return _product(tokens, q)
+    if not isinstance(q, Fragments):
+        return _product(tokens, q)
+    *batch, inner = x.shape
+    if math.prod(batch) > MOST_TOKENS:
+        return _product(tokens, of_fragments(q))
+    y = matmul(tokens.codes.reshape(-1, inner), q).reshape(*batch, -1) * tokens.scale
+    return y if q.row_scale is None else y * q.row_scale.T
 
 
 def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
@@ -189,6 +202,7 @@ def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
     y = _multiplied(*primals)
     if isinstance(tangents[0], SymbolicZero):
         return y, jnp.zeros_like(y)
+    q = of_fragments(q) if isinstance(q, Fragments) else q
     return y, jnp.matmul(tangents[0], dequantize(q, x.dtype), preferred_element_type=jnp.float32)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-KernelKind = Literal["fp8_matmul", "matmul", "fusion", "copy", "collective", "other"]
+KernelKind = Literal["fp8_matmul", "fp4_matmul", "matmul", "fusion", "copy", "collective", "other"]
 
 _COLLECTIVES = (
     "all-reduce",
@@ -27,7 +27,8 @@ _LAYOUT = re.compile(r"\{[^{}]*\}")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. scope: where it is from, "jit(step)/lorc/dot_general"; output: its type, "bf16[16,4096]".
+    """One launch. kind: "fp4_matmul" is our own kernel; scope: where it is from, "jit(step)/lorc/dot_general"; output:
+    its type, "bf16[16,4096]".
 
     operands: of a matrix product the types of its two factors. op: HLO's, "custom-call" for a library's kernel,
     "all-reduce" and the like for a collective.
@@ -75,8 +76,9 @@ class Program:
         scopes = Counter(_scope_of(k.scope) for k in self.matmuls("matmul"))
         others = ", ".join(f"{n} in {scope}" for scope, n in sorted(scopes.items()))
         collectives = f"{count['collective']} collectives, " if count["collective"] else ""
+        fp4 = f"{count['fp4_matmul']} of our own kernel, " if count["fp4_matmul"] else ""
         return (
-            f"{len(self.kernels)} kernels: {count['fp8_matmul']} FP8 products, {count['matmul']} other products"
+            f"{len(self.kernels)} kernels: {fp4}{count['fp8_matmul']} FP8 products, {count['matmul']} other products"
             f"{f' ({others})' if others else ''}, {count['fusion']} fusions, {count['copy']} copies, "
             f"{collectives}{count['other']} others; {self.argument_bytes:,} bytes of arguments, "
             f"{self.temp_bytes:,} of temporaries"
@@ -123,12 +125,13 @@ def _launched(computations: dict[str, list[re.Match[str]]], name: str) -> list[K
         if op.removesuffix("-start") in _COLLECTIVES:
             kind, op = "collective", op.removesuffix("-start")
         factors: tuple[str, ...] = ()
-        if op == "custom-call" and "__cublas" in rest:
+        own = "mosaic_gpu" in rest and "/fp4_matmul/" in _op_name(rest)
+        if op == "custom-call" and ("__cublas" in rest or own):
             factors = _operand_types(rest, types)[:2]
         elif op == "fusion":
             kind, factors = "fusion", next((found for c in called if (found := _dot(computations, c))), ())
         if factors:
-            kind = "fp8_matmul" if all(f.startswith("f8") for f in factors) else "matmul"
+            kind = "fp8_matmul" if all(f.startswith("f8") for f in factors) else "fp4_matmul" if own else "matmul"
         # a rewritten instruction may have lost its own name: what it is computed from tells where it is from
         scope = scopes[instruction["name"]] or next((scopes[n] for n in _operand_names(rest) if scopes.get(n)), "")
         kernels.append(Kernel(kind, instruction["name"], scope, _LAYOUT.sub("", instruction["type"]), factors, op))

@@ -11,17 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fpq_jax._errors import FpqError
-from fpq_jax._followed import Followed, Known, Place, Rules
+from fpq_jax._followed import Followed, Known, Place, Rules, is_quantized
 from fpq_jax._layout import Layout, Plan, Product, plan
 from fpq_jax._linear import linears
 from fpq_jax._qtensor import Axes, QTensor
 from fpq_jax._tree import dotted, is_array
 from fpq_jax._walk import walk
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf is a QTensor."""
-    return isinstance(leaf, QTensor)
+from fpq_jax.kernels import Fragments
 
 
 def quantized(apply_fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
@@ -87,7 +83,7 @@ class Traced:
         return jax.tree.unflatten(self._out_structure, values)
 
 
-def axes_of(q: QTensor) -> Axes:
+def axes_of(q: QTensor | Fragments) -> Axes:
     """What the axes are of the parameter that ``q`` stands for now."""
     axes = Axes.of(("in", "out"), q.shape, jnp.float32) if q.axes is None else q.axes
     return axes.with_stack(len(q.stack))
@@ -159,7 +155,7 @@ def arranged(x: Array, how: Plan, known: Known) -> Array:
     return kept["x"]
 
 
-def _multiplied(x: Array, q: QTensor, how: Plan, known: Known, dtype: Any) -> Array:
+def _multiplied(x: Array, q: QTensor | Fragments, how: Plan, known: Known, dtype: Any) -> Array:
     """``linear`` of x and each weight of a stack."""
     x = arranged(x, how, known)
     if not how.stack:

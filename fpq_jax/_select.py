@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from fpq_jax._errors import FpqError
-from fpq_jax._qtensor import Axes, QTensor
+from fpq_jax._followed import is_quantized
+from fpq_jax._qtensor import Axes
 from fpq_jax._recipe import LinearRecipe, Recipe
 
 _UNKNOWN_AXES = (
@@ -87,7 +88,7 @@ def select(
             # parameters that are also used otherwise, if they are asked for
             meant = [path for path in fitting if path in found and found[path].axes is not None]
             axes |= {path: known for path in meant if (known := found[path].axes) is not None}
-        if not meant and all(isinstance(leaves[path], QTensor) for path in fitting):
+        if not meant and all(is_quantized(leaves[path]) for path in fitting):
             continue  # it was done before
         if not meant:
             path = fitting[0]
@@ -95,7 +96,7 @@ def select(
             raise FpqError(f"Recipe {recipe.name}: {path}, which {rule.match!r} means, cannot be quantized: {why}.")
         chosen |= dict.fromkeys(meant, rule.change)
         left = {path: why for path, why in left.items() if path not in meant}
-    if not chosen and not lenient and not any(isinstance(leaf, QTensor) for leaf in leaves.values()):
+    if not chosen and not lenient and not any(is_quantized(leaf) for leaf in leaves.values()):
         raise FpqError(f"Recipe {recipe.name} leaves every parameter as it is{_example(left)}.")
     return Selection({path: Chosen(what, axes[path]) for path, what in chosen.items()}, left)
 
@@ -116,7 +117,7 @@ def _axes(path: str, leaf: Any, kinds: Sequence[Any]) -> Axes:
 
 
 def _why_not(leaf: Any) -> str:
-    if isinstance(leaf, QTensor):
+    if is_quantized(leaf):
         return "it is quantized already"
     if not hasattr(leaf, "dtype"):
         return f"it is no array, but of type {type(leaf).__name__}"

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fpq_jax._errors import FpqError
+from fpq_jax._followed import is_quantized
 from fpq_jax._formats import Format, cast
-from fpq_jax._qtensor import LowRank, QTensor, dequantize, quantize_array
+from fpq_jax._qtensor import LowRank, dequantize, quantize_array
 from fpq_jax._spec import QuantSpec
 
 Trained = Literal["low_rank", "all"]
@@ -26,7 +27,7 @@ def partition(params: Any, train: Trained = "low_rank") -> tuple[Any, Any]:
         raise FpqError(f"train is {train!r}; it must be {' or '.join(get_args(Trained))}.")
 
     def own(leaf: Any) -> Any:
-        if isinstance(leaf, QTensor):
+        if is_quantized(leaf):
             if leaf.low_rank is None or leaf.low_rank.scale is not None:
                 return None
             return jax.tree.map(lambda a: a.astype(jnp.float32), leaf.low_rank)
@@ -36,7 +37,7 @@ def partition(params: Any, train: Trained = "low_rank") -> tuple[Any, Any]:
     def rest(leaf: Any) -> Any:
         if own(leaf) is None:
             return leaf
-        return replace(leaf, low_rank=None) if isinstance(leaf, QTensor) else None
+        return replace(leaf, low_rank=None) if is_quantized(leaf) else None
 
     trained = jax.tree.map(own, params, is_leaf=_is_whole)
     if not jax.tree.leaves(trained):
@@ -48,7 +49,7 @@ def partition(params: Any, train: Trained = "low_rank") -> tuple[Any, Any]:
 
 def combine(trained: Any, rest: Any) -> Any:
     """The tree again, of what ``partition`` gave, in that order. Differentiable."""
-    if any(isinstance(leaf, QTensor) for leaf in jax.tree.leaves(trained, is_leaf=_is_whole)):
+    if any(is_quantized(leaf) for leaf in jax.tree.leaves(trained, is_leaf=_is_whole)):
         raise FpqError("combine takes what is trained first, and then the rest.")
 
     def one(trained: Any, rest: Any) -> Any:
@@ -83,4 +84,4 @@ def _rounded(x: Array, how: Format | QuantSpec) -> Array:
 
 
 def _is_whole(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, QTensor | LowRank)
+    return leaf is None or is_quantized(leaf) or isinstance(leaf, LowRank)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from fpq_jax._calibration import Seen
 from fpq_jax._errors import FpqError
+from fpq_jax._followed import is_quantized
 from fpq_jax._hessians import Hessians, Mask, check_seen, collect_named
 from fpq_jax._layerwise import replicate
 from fpq_jax._layout import Layout, laid_out, to_kernel
@@ -20,12 +21,13 @@ from fpq_jax._lorc import lorc
 from fpq_jax._mesh import make_mesh
 from fpq_jax._placing import placed
 from fpq_jax._qtensor import QTensor, dequantize, quantize_array
-from fpq_jax._quantized import axes_of, is_quantized, quantized
+from fpq_jax._quantized import axes_of, quantized
 from fpq_jax._recipe import LinearRecipe, Recipe
-from fpq_jax._residency import Residency, check_residency, resident
+from fpq_jax._residency import Residency, check_any_for_kernel, check_residency, resident
 from fpq_jax._select import Chosen, Selection, Use, select
 from fpq_jax._solve import LinearResult, quantize_linears
 from fpq_jax._tree import Flat, Same, jit, named_leaves
+from fpq_jax.kernels import of_fragments
 
 _AUTO_RANK = 8  # of LoRC, where a recipe leaves it to the size of one of the paper's models
 
@@ -147,16 +149,18 @@ def dequantize_params(params: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
         axes = axes_of(leaf)
-        return laid_out(dequantize(leaf, axes.dtype), Layout.of(axes.shape(leaf.stack)), axes)
+        return laid_out(dequantize(of_fragments(leaf), axes.dtype), Layout.of(axes.shape(leaf.stack)), axes)
 
     return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
 def expand_params(params: Any, expand: Residency = "load") -> Any:
     """The tree with its QTensors in the form in which they are multiplied: "load" expands 4-bit codes with an FP8 form
-    to FP8 once, exactly, a byte per weight; "step" leaves them packed. Either pads FP8 codes with zeros to multiples of
-    16, which FP8 products want."""
-    check_residency(expand)
+    to FP8 once, exactly, a byte per weight; "step" leaves them packed; "kernel" lays them out for our own kernel, which
+    has not been measured on a GPU yet. All pad FP8 codes with zeros to multiples of 16, which FP8 products want.
+    FpqError for a kernel that does not take them."""
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    check_residency(expand, max((len(array.sharding.device_set) for array in arrays), default=1))
 
     def one(leaf: Any) -> Any:
         if not is_quantized(leaf):
@@ -166,7 +170,9 @@ def expand_params(params: Any, expand: Residency = "load") -> Any:
             make = jax.vmap(make)
         return make(leaf)
 
-    return jax.tree.map(one, params, is_leaf=is_quantized)
+    expanded = jax.tree.map(one, params, is_leaf=is_quantized)
+    check_any_for_kernel(jax.tree.leaves(expanded, is_leaf=is_quantized), expand)
+    return expanded
 
 
 def _with_hessians(selection: Selection, hessians: Mapping[str, Any]) -> Selection:

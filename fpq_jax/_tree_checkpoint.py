@@ -16,19 +16,22 @@ from jax.sharding import NamedSharding
 
 from fpq_jax._atomic import write_json
 from fpq_jax._errors import FpqError
+from fpq_jax._followed import is_quantized
 from fpq_jax._parts import MANIFEST, VERSION, PartsWriter, abstract_part, arrays_of, read_part
 from fpq_jax._placing import shardings_like
 from fpq_jax._qtensor import QTensor
-from fpq_jax._quantized import axes_of, is_quantized, is_traced
+from fpq_jax._quantized import axes_of, is_traced
 from fpq_jax._tree import Flat, named_leaves, parted, rejoined
+from fpq_jax.kernels import of_fragments
 
 _TREE = "tree"
 
 
 def write_tree(folder: Path, tree: Any) -> None:
-    """Write a tree's arrays and what they cannot say."""
+    """Write a tree's arrays and what they cannot say; what is laid out for our kernel is written as it was before."""
     named, _ = named_leaves(tree, is_quantized)
     params = {path or "value": leaf for path, leaf in named if is_traced(leaf)}
+    params = {path: of_fragments(leaf) if is_quantized(leaf) else leaf for path, leaf in params.items()}
     for path, leaf in params.items():
         if any(isinstance(array, jax.ShapeDtypeStruct) or 0 in array.shape for array in arrays_of(leaf).values()):
             raise FpqError(f"{path} has no values, and cannot be saved.")
@@ -102,7 +105,7 @@ def _shardings(stored: Any, like: Any) -> Any:
     same = str(jax.tree.structure(like)) == str(jax.tree.structure(stored))
     if isinstance(like, QTensor) and same:
         return jax.tree.map(_sharding, like)
-    sharding = _sharding(None if isinstance(like, QTensor) else like)
+    sharding = _sharding(None if is_quantized(like) else like)
     if not isinstance(stored, QTensor):
         return sharding
     if isinstance(sharding, NamedSharding):

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from fpq_jax._followed import Followed, Known, Place, Rules
+from fpq_jax._followed import Followed, Known, Place, Rules, is_quantized
 from fpq_jax._layout import Layout, Product
 from fpq_jax._qtensor import Axes, Kind
-from fpq_jax._quantized import Traced, is_quantized, kernel_of
+from fpq_jax._quantized import Traced, kernel_of
 from fpq_jax._select import Use, is_parameter
 from fpq_jax._walk import walk
 

@@ -17,8 +17,9 @@ from fpq_jax._generation import KvCache
 from fpq_jax._layerwise import BATCH_TOKENS, CacheShape
 from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._report import VERSION, environment, shortened, size_text
-from fpq_jax._residency import Residency
+from fpq_jax._residency import Residency, check_residency
 from fpq_jax._text import check_spec
+from fpq_jax.kernels import notice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Options:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default as stored."""
     expand: Residency = "load"
-    """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers."""
+    """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers; kernel
+    is for the few tokens of generate, and expands the weights for the many of a batch of windows."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or rounded as an FP8 cache would (float8)."""
     batch_tokens: int = BATCH_TOKENS
@@ -60,6 +62,9 @@ def main(options: Options) -> None:
     check_at_least(1, max_windows=options.max_windows, batch_tokens=options.batch_tokens)
     check_at_least(2, seq_len=options.seq_len)
     mesh = parse_mesh(options.mesh)
+    check_residency(options.expand, mesh.size)
+    if options.expand == "kernel":
+        console.print(notice(), markup=False)
     checkpoint = open_model(resolve_model(options.model))
     config = checkpoint.model_config
     cache = None

@@ -11,9 +11,10 @@ from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import Generator, KvCache, Sampling
 from fpq_jax._mesh import parse_mesh
 from fpq_jax._report import size_text
-from fpq_jax._residency import Residency
+from fpq_jax._residency import Residency, check_residency
 from fpq_jax._text import load_tokenizer
 from fpq_jax._tree import stored_bytes
+from fpq_jax.kernels import notice
 from fpq_jax.models import params_of
 
 
@@ -34,7 +35,8 @@ class Options:
     seed: int = 0
     """Of the sampling."""
     expand: Residency = "load"
-    """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): half the memory."""
+    """4-bit weights in FP8 from the start (load), or packed: half the memory, expanded when they are multiplied (step),
+    or multiplied as they are by our own kernel for Hopper, which has not been measured yet (kernel)."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or in FP8 (float8): half the memory of 16 bits."""
     mesh: str | None = None
@@ -53,6 +55,9 @@ def main(options: Options) -> None:
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
     mesh = parse_mesh(options.mesh)
+    check_residency(options.expand, mesh.size)
+    if options.expand == "kernel":
+        console.print(notice(), markup=False)
     model = load(folder, expand=options.expand, mesh=mesh if mesh.size > 1 else None)
     tokenizer = load_tokenizer(folder)
     shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])

@@ -15,7 +15,8 @@ from fpq_jax._errors import FpqError
 from fpq_jax._linear import FP8_MULTIPLE, Divided, product_kind
 from fpq_jax._mesh import MODEL
 from fpq_jax._qtensor import QTensor, check_exponents
-from fpq_jax._residency import can_concatenate, check_residency, concatenate, joined, resident
+from fpq_jax._residency import can_concatenate, check_any_for_kernel, check_residency, concatenate, joined, resident
+from fpq_jax.kernels import Fragments
 
 
 def prepare(
@@ -25,12 +26,14 @@ def prepare(
 
     Query, key and value become one product, gate and up another, where that is exact (see
     ``_residency.can_concatenate``); weights get the form that ``expand`` says: "load" expands 4-bit codes to FP8 once,
-    "step" leaves them packed until they are multiplied. ``attention`` is the implementation used for prompts;
+    "step" leaves them packed until they are multiplied, "kernel" lays them out for our own kernel, which has not been
+    measured on a GPU yet. ``attention`` is the implementation used for prompts;
     "cudnn" needs a GPU and 16-bit arithmetic. ``mesh`` divides the weights over its "model" axis (see
     ``models/_sharding.py``); by default they stay where they are. Works on abstract models too, and on an AbstractMesh,
     which gives an abstract model. Arrays that need no change are shared with the model.
     """
-    check_residency(expand)
+    devices = max((on.size for on in (mesh, model.mesh) if on is not None), default=1)
+    check_residency(expand, devices)
     if attention not in ("xla", "cudnn"):
         raise FpqError(f"attention is {attention!r}; it must be xla or cudnn.")
     return prepare_in_place(nnx.clone(model) if mesh is None else divide(model, mesh), expand, attention)
@@ -56,8 +59,9 @@ def on_mesh(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     return model
 
 
-def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
-    """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes."""
+def prepare_in_place(model: Any, expand: str, attention: str = "xla", *, whole: bool = True) -> Any:
+    """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes. ``whole`` False: of a part
+    of a model, in which there need not be a weight for our kernel."""
     # blocks alone: a list of all modules would hold what is replaced until the end
     blocks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Block)]
     for block in blocks:
@@ -71,10 +75,16 @@ def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
             if model.mesh is not None and kernel.has_fp8_form:
                 check_exponents(kernel)  # which jit hides from ``expand``
             kernel = placement.computed(resident, kernel, how=expand, pad=model.mesh is None)
-            if product_kind(kernel) == "fp8":
+            if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
                 model.decode_rows = FP8_MULTIPLE
                 kernel = placement.divided(kernel)
             module.kernel.set_value(kernel)
+    own = [kernel for kernel in params_of(model).values() if isinstance(kernel, Fragments)]
+    if own and all(kernel.low_rank is None for kernel in own):
+        # XLA makes three kernels of one row's norm and absmax, and two of several rows'; LoRC's products cost more then
+        model.decode_rows = max(model.decode_rows, 2)
+    if whole:
+        check_any_for_kernel(own, expand)
     model.prepared = True
     return model
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some of the memory
 
-from h100 import correctness, generation, gptq, linears
+from h100 import correctness, generation, gptq, kernel, linears
 from h100.common import DATASHEET, FULL, TINY, Clock, Sizes, measured_ceilings
 from rich.console import Console
 
@@ -40,11 +40,12 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "correctness": Part(correctness.run, correctness.table, 70),
-    "generation": Part(generation.run, generation.table, 110, generation.predictions),
-    "gptq": Part(gptq.run, gptq.table, 50, gptq.predictions),
-    "linears": Part(linears.run, linears.table, 110, linears.predictions),
-    "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 100),
+    "correctness": Part(correctness.run, correctness.table, 65),
+    "generation": Part(generation.run, generation.table, 95, generation.predictions),
+    "gptq": Part(gptq.run, gptq.table, 40, gptq.predictions),
+    "kernel": Part(kernel.run, kernel.table, 110, kernel.predictions),
+    "linears": Part(linears.run, linears.table, 70, linears.predictions),
+    "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 75),
 }
 console = Console(highlight=False, soft_wrap=True)
 

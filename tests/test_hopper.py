@@ -192,17 +192,23 @@ def test_a_decoder_layer_by_both_routes(name, what, route):
             assert compiled.temp_bytes < SMALLEST_WEIGHT
 
 
+def layers_of(name, route):
+    """The whole model by one of the routes, a few layers by the other."""
+    return 32 if (name == "llama-7b") == (route == "cublas") else 4
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decode_step_of_a_whole_model(name, route):
-    compiled = program(name, "w4a8", rank=8, batch=16, route=route, ptx=route == "triton")
+    layers = layers_of(name, route)
+    compiled = program(name, "w4a8", layers=layers, rank=8, batch=16, route=route, ptx=route == "triton")
     products = compiled.matmuls("fp8_matmul")
-    assert weights_of(products) == sorted(PRODUCTS[name] * 32)
+    assert weights_of(products) == sorted(PRODUCTS[name] * layers)
     assert not compiled.matmuls("matmul", but=("lorc", "attention", "head"))
     assert len(compiled.matmuls("matmul", but=("attention", "lorc"))) == 1  # the head
     assert not weight_shaped(compiled, name)
     assert compiled.temp_bytes < SMALLEST_WEIGHT
-    cache = 2 * 32 * 16 * 2048 * 4096 * 2
+    cache = 2 * layers * 16 * 2048 * 4096 * 2
     assert cache <= compiled.alias_bytes < cache + 1024
     if route == "triton":
         assert re.search(r"wgmma\.mma_async\.[\w.]*\.e4m3\.e4m3", compiled.ptx)
@@ -211,8 +217,9 @@ def test_a_decode_step_of_a_whole_model(name, route):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_prefill_of_a_whole_model(name, route):
-    compiled = program(name, "w4a8", rank=8, tokens=2048, route=route)
-    assert weights_of(compiled.matmuls("fp8_matmul")) == sorted(PRODUCTS[name] * 32)
+    layers = layers_of(name, route)
+    compiled = program(name, "w4a8", layers=layers, rank=8, tokens=2048, route=route)
+    assert weights_of(compiled.matmuls("fp8_matmul")) == sorted(PRODUCTS[name] * layers)
     assert not compiled.matmuls("matmul", but=("lorc", "attention", "head"))
     assert not weight_shaped(compiled, name)
     widest = max(rows for rows, _ in PRODUCTS[name])
@@ -220,6 +227,39 @@ def test_the_prefill_of_a_whole_model(name, route):
     # scores and weights of one layer, one product in float32 and 16 bits, some hidden states
     assert compiled.temp_bytes < WORKSPACE + (4 + 2) * scores + (4 + 2) * product + 8 * 2 * hidden
     assert [k.output for k in compiled.kernels if k.kind == "copy"] in ([], ["s32[1]"])
+
+
+# kernels of one decoder layer with our own kernel: a decode step of one row, of 16 rows
+OWN_KERNELS = {
+    ("llama-7b", 0): (22, 22),
+    ("llama-7b", 8): (32, 32),
+    ("opt-6.7b", 0): (21, 22),
+    ("opt-6.7b", 8): (32, 32),
+}
+
+
+@pytest.mark.parametrize(("name", "rank"), OWN_KERNELS)
+def test_a_decode_step_with_our_own_kernel(name, rank):
+    """It multiplies packed codes: no weight is expanded, and nothing else multiplies one."""
+    for batch, expected in zip((1, 16), OWN_KERNELS[name, rank], strict=True):
+        options = dict(rank=rank, expand="kernel", batch=batch)
+        assert kernels_per_layer(name, "w4a8", **options) == expected
+        compiled = program(name, "w4a8", layers=2, **options)
+        products = compiled.matmuls("fp4_matmul")
+        words = [f"u32[{-(-out // 64)},{4 * -(-inputs // 64)},128]" for out, inputs in PRODUCTS[name]]
+        assert sorted(product.operands[1] for product in products) == sorted(words * 2)
+        assert all(product.operands[0].startswith("f8e4m3fn") for product in products)
+        assert not compiled.matmuls("fp8_matmul") and not weight_shaped(compiled, name)
+        assert {k.scope.split("/")[1] for k in compiled.matmuls("matmul")} <= {"attention", "head", "lorc"}
+        assert compiled.temp_bytes < SMALLEST_WEIGHT
+    assert "8 of our own kernel" in str(compiled)
+
+
+def test_a_prefill_with_our_own_kernels_weights_is_that_of_packed_ones():
+    own, packed = (program("llama-7b", "w4a8", layers=1, expand=how, tokens=2048) for how in ("kernel", "step"))
+    assert not own.matmuls("fp4_matmul")
+    assert Counter(k.kind for k in own.kernels) == Counter(k.kind for k in packed.kernels)
+    assert own.temp_bytes == packed.temp_bytes
 
 
 # kernels of one decoder layer on the cuBLAS route: a decode step of 16 rows, of one row, a prefill of 2,048 tokens

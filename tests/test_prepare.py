@@ -80,7 +80,7 @@ def test_an_abstract_model_is_prepared_without_memory(tiny_llama):
 def test_unknown_options_are_said(tiny_llama):
     model = load(tiny_llama)
     for call in (lambda: prepare(model, "now"), lambda: load(tiny_llama, expand="now")):
-        with pytest.raises(FpqError, match="expand is 'now'; it must be load or step"):
+        with pytest.raises(FpqError, match="expand is 'now'; it must be load, step or kernel"):
             call()
     with pytest.raises(FpqError, match="attention is 'flash'; it must be xla or cudnn"):
         prepare(model, attention="flash")

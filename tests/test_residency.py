@@ -95,7 +95,7 @@ def test_arrays_and_unknown_residencies():
     w = weight(3)
     assert resident(w, "load") is w
     for name in ("later", None, 3):
-        with pytest.raises(FpqError, match="it must be load or step"):
+        with pytest.raises(FpqError, match="it must be load, step or kernel"):
             check_residency(name)
 
 

@@ -29,6 +29,8 @@ class Sizes:
 
     models: dict[str, tuple[int, int, int, int]]
     tokens: tuple[int, ...]
+    few_tokens: tuple[int, ...]  # of our own kernel
+    kernel_checks: int
     checked_tokens: tuple[int, ...]
     checked_linear: tuple[int, int]
     cold_bytes: int  # weights that one timed program reads, more than a cache holds
@@ -48,6 +50,8 @@ FULL = Sizes(
         "LLaMA-30B": (6656, 17920, 60, 32000),
     },
     tokens=(1, 16, 64, 256, 1024, 4096),
+    few_tokens=(1, 2, 4, 8, 16, 32, 64, 128),
+    kernel_checks=60,
     checked_tokens=(1, 5, 300),
     checked_linear=(11008, 4096),
     cold_bytes=256 * 2**20,
@@ -62,6 +66,8 @@ FULL = Sizes(
 TINY = Sizes(
     models={"tiny": (128, 256, 2, 256)},
     tokens=(1, 16),
+    few_tokens=(3,),
+    kernel_checks=2,
     checked_tokens=(5,),
     checked_linear=(640, 256),
     cold_bytes=2**15,

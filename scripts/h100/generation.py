@@ -36,7 +36,10 @@ VARIANTS = {
     "W8A8": (W8A8, 0, "load"),
     "W4A8 step": ("m2", 0, "step"),
     "W4A8 load": ("m2", 0, "load"),
+    "W4A8 kernel": ("m2", 0, "kernel"),
 }
+# the kernel's is measured with the kernel
+MEASURED = [variant for variant in VARIANTS if variant != "W4A8 kernel"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Case:
         new = self.batch * self.tokens
         hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         linears, head = layers * (4 * hidden**2 + 3 * hidden * ffn), hidden * config.vocab_size
-        bytes_ = linears * {"bf16": 2, "W4A8 step": 0.5}.get(self.variant, 1) + 2 * head
+        bytes_ = linears * {"bf16": 2, "W4A8 step": 0.5, "W4A8 kernel": 0.5}.get(self.variant, 1) + 2 * head
         if self.tokens == 1:
             # keys and values of every slot, and an FP8 cache's scales of heads of 128
             bytes_ += 2 * (1 + 4 / 128 if self.fp8_cache else 2) * self.batch * self.slots * hidden * layers
@@ -106,7 +109,7 @@ def cases(sizes: Sizes, variant: str) -> list[Case]:
 
 
 def predictions(sizes: Sizes) -> list[dict[str, Any]]:
-    return [case.row(config_of(sizes), None, DATASHEET) for variant in VARIANTS for case in cases(sizes, variant)]
+    return [case.row(config_of(sizes), None, DATASHEET) for variant in MEASURED for case in cases(sizes, variant)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -133,26 +136,33 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def run(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     config, rows = config_of(sizes), []
-    for variant in VARIANTS:
-        todo = cases(sizes, variant)
-        if clock.left() < 30 and on_gpu():
-            rows += [case.row(config, None, ceilings, note="out of time") for case in todo]
-            continue
-        model = random_model(config, variant, sizes.group_size)
-        state = nnx.split(model)[1]
-        for case, program in compiled_in_parallel(todo, lambda case, model=model: _compiled(model, case)):
-            try:
-                if isinstance(program, Exception):
-                    raise program
-                if clock.left() < 3 and on_gpu():
-                    rows.append(case.row(config, None, ceilings, note="out of time"))
-                else:
-                    rows.append(_measure(program, model, state, case, sizes, ceilings))
-            except Exception as error:  # out of memory, or no cuDNN: reported, and the others go on
-                rows.append(case.row(config, None, ceilings, note=f"{type(error).__name__}: {str(error)[:200]}"))
-            free_memory()
-        del model, state, program
+    for variant in MEASURED:
+        rows += measured(config, variant, cases(sizes, variant), sizes, clock, ceilings)
+    return rows
+
+
+def measured(
+    config: LlamaConfig, variant: str, todo: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The rows of one variant's cases."""
+    if clock.left() < 30 and on_gpu():
+        return [case.row(config, None, ceilings, note="out of time") for case in todo]
+    rows = []
+    model = random_model(config, variant, sizes.group_size)
+    state = nnx.split(model)[1]
+    for case, program in compiled_in_parallel(todo, lambda case, model=model: _compiled(model, case)):
+        try:
+            if isinstance(program, Exception):
+                raise program
+            if clock.left() < 3 and on_gpu():
+                rows.append(case.row(config, None, ceilings, note="out of time"))
+            else:
+                rows.append(_measure(program, model, state, case, sizes, ceilings))
+        except Exception as error:  # out of memory, or no cuDNN: reported, and the others go on
+            rows.append(case.row(config, None, ceilings, note=f"{type(error).__name__}: {str(error)[:200]}"))
         free_memory()
+    del model, state, program
+    free_memory()
     return rows
 
 

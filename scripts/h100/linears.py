@@ -5,6 +5,7 @@ divided by their number. The quantization of the activations is in it, for torch
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,10 @@ from h100.common import (
 
 from fpq_jax import Program, QuantSpec, linear, quantize_array
 from fpq_jax._residency import resident
+from fpq_jax.kernels import matmul
 
+_PACKED = dict.fromkeys(("W4A8 step", "W4A8 kernel", "W4A8 kernel alone"), 0.5)  # bytes a weight
+_FORMS = {"W4A8 step": "step", "W4A8 kernel": "kernel", "W4A8 kernel alone": "kernel"}
 VARIANTS = ("bf16", "W8A8", "W4A8 load", "W4A8 step")
 TORCH_VARIANTS = ("torch bf16", "torch scaled_mm", "torch scaled_mm + quantize")
 
@@ -49,7 +53,7 @@ class Case:
 
     def row(self, seconds: float | None, ceilings: dict[str, float], **more: Any) -> dict[str, Any]:
         (k, n), m = self.shape, self.tokens
-        weight = k * n * {"bf16": 2, "torch bf16": 2, "W4A8 step": 0.5}.get(self.variant, 1)
+        weight = k * n * (2 if "bf16" in self.variant else _PACKED.get(self.variant, 1))
         bytes_, kind = weight + 2 * m * (k + n), "bf16" if "bf16" in self.variant else "fp8"
         floor = lambda c: floor_seconds(bytes_, {kind: 2e-12 * m * k * n}, c)
         row = {
@@ -71,17 +75,24 @@ class Case:
         return row | more
 
 
-def cases(sizes: Sizes) -> list[Case]:
-    """Everything to measure, what matters most first: the first model by cuBLAS, the ends and the middle of the others
-    and of the second route, and then the rest."""
-    found = []
-    for i, (model, (hidden, ffn, _, _)) in enumerate(sizes.models.items()):
-        linears = {
+def shapes_of(sizes: Sizes) -> dict[str, dict[str, tuple[int, int]]]:
+    """Inputs and outputs of each Linear of each model."""
+    return {
+        model: {
             "qkv": (hidden, 3 * hidden),
             "o": (hidden, hidden),
             "gate_up": (hidden, 2 * ffn),
             "down": (ffn, hidden),
         }
+        for model, (hidden, ffn, _, _) in sizes.models.items()
+    }
+
+
+def cases(sizes: Sizes) -> list[Case]:
+    """Everything to measure, what matters most first: the first model by cuBLAS, the ends and the middle of the others
+    and of the second route, and then the rest."""
+    found = []
+    for i, (model, linears) in enumerate(shapes_of(sizes).items()):
         sample = sizes.tokens[:: max(1, len(sizes.tokens) // 3)]
         for route in ("cublas", "triton"):
             variants = (*VARIANTS, *(TORCH_VARIANTS if route == "cublas" else ()))
@@ -124,16 +135,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    # one shape after the other, so that its weights are made once
-    for _, group in itertools.groupby(cases(sizes), key=lambda c: (c.model, c.linear, c.route)):
+    return [row for rows in measured(cases(sizes), sizes, clock, ceilings) for row in rows]
+
+
+def measured(
+    todo: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[str, float]
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one shape after the other, so that its weights are made once."""
+    for _, group in itertools.groupby(todo, key=lambda c: (c.model, c.linear, c.route)):
         together = list(group)
-        if clock.left() < 20:
-            rows += [case.row(None, ceilings, note="out of time") for case in together]
+        if clock.left() < 20 and on_gpu():
+            yield [case.row(None, ceilings, note="out of time") for case in together]
             continue
-        rows += _run_shape(together, sizes, clock, ceilings)
+        yield _run_shape(together, sizes, clock, ceilings)
         free_memory()
-    return rows
 
 
 def _copies(shape: tuple[int, int], tokens: int, sizes: Sizes) -> int:
@@ -146,8 +161,7 @@ def _weights(variant: str, shape: tuple[int, int], count: int, group_size: int) 
     w8 = QuantSpec(format="e4m3", group_size="channel")
     spec = w8 if variant == "W8A8" else QuantSpec(constraint="m2", group_size=group_size)
     stored = jax.eval_shape(lambda w: quantize_array(w, spec), jax.ShapeDtypeStruct(shape, jnp.float32))
-    form = "step" if variant == "W4A8 step" else "load"
-    return [resident(filled(stored, 10 * i), form) for i in range(count)]
+    return [resident(filled(stored, 10 * i), _FORMS.get(variant, "load")) for i in range(count)]
 
 
 def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
@@ -157,12 +171,14 @@ def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[
         for m in {case.tokens for case in together}
     }
     most = max(len(xs) for xs in inputs.values())
-    ours = [case for case in together if case.variant in VARIANTS]
-    weights = {variant: _weights(variant, shape, most, sizes.group_size) for variant in VARIANTS}
+    ours = [case for case in together if case.variant not in TORCH_VARIANTS]
+    weights = {v: _weights(v, shape, most, sizes.group_size) for v in dict.fromkeys(case.variant for case in ours)}
 
     def compile_(case: Case) -> Any:
-        xs = inputs[case.tokens]
-        multiply = jax.jit(lambda xs, ws: [linear(x, w) for x, w in zip(xs, ws, strict=True)])
+        xs, product = inputs[case.tokens], linear
+        if case.variant == "W4A8 kernel alone":
+            xs, product = [x.astype(jnp.float8_e4m3fn) for x in xs], matmul
+        multiply = jax.jit(lambda xs, ws: [product(x, w) for x, w in zip(xs, ws, strict=True)])
         return multiply.lower(xs, weights[case.variant][: len(xs)]).compile(compiler_options=compiler_options(route))
 
     for case, program in compiled_in_parallel(ours, compile_):
@@ -173,6 +189,8 @@ def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[
             rows.append(case.row(None, ceilings, note="out of time"))
             continue
         xs = inputs[case.tokens]
+        if case.variant == "W4A8 kernel alone":
+            xs = [x.astype(jnp.float8_e4m3fn) for x in xs]
         ws = weights[case.variant][: len(xs)]
         try:
             seconds = seconds_of(lambda program=program, xs=xs, ws=ws: program(xs, ws), sizes.repeats) / len(xs)
