@@ -1,7 +1,10 @@
 import json
+import shutil
 
 import pytest
+from fpq_jax.models import params_of, with_params
 
+from fpq_jax import QuantSpec, load, quantize_array, save
 from fpq_jax._console import run_command
 from fpq_jax._text import load_tokenizer
 from fpq_jax.generate import Options, _stop_tokens, main
@@ -60,3 +63,23 @@ def test_several_prompts_are_continued_together_and_shown_one_after_the_other(mo
     command(monkeypatch, *options, "--prompt", "the fox")
     alone = capsys.readouterr().out
     assert alone.splitlines()[0] in together
+
+
+def test_our_own_kernel_is_said_to_be_unmeasured(monkeypatch, capsys, tiny_llama, tmp_path):
+    quantize = lambda w: quantize_array(w, QuantSpec(constraint="m2", group_size=32))
+    model = load(tiny_llama)
+    params = params_of(model)
+    params |= {p: quantize(leaf) for p, leaf in params.items() if p.startswith("layers.") and p.endswith(".kernel")}
+    save(tmp_path / "out", with_params(model, params))
+    shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "out")
+    said = {}
+    for how in ("load", "kernel"):
+        command(monkeypatch, "--model", tmp_path / "out", "--expand", how, "--max-new-tokens", 5, "--prompt", "the fox")
+        said[how] = capsys.readouterr().out
+    assert said["kernel"].startswith(
+        "expand kernel: the kernel is compiled and checked for Hopper but not yet measured"
+    )
+    assert said["load"].splitlines()[0] == said["kernel"].splitlines()[1]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--model", tiny_llama, "--expand", "kernel", "--prompt", "the fox")
+    assert "No weight here is for the kernel" in capsys.readouterr().err

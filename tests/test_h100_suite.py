@@ -27,11 +27,14 @@ def test_every_part_runs_in_its_tiny_form(tmp_path):
     result = json.loads(out.read_text())
     assert all(row["passed"] for row in result["correctness"]) and len(result["correctness"]) > 25
     assert set(result["ceilings"]) == set(result["datasheet"]) == {"fp8", "bf16", "fp32", "bandwidth"}
-    for part, cases in (("generation", 6 * 3), ("gptq", 3), ("linears", 4 * 2 * (7 + 4)), ("pipeline", 1)):
+    counts = {"generation": 6 * 3, "gptq": 3, "kernel": 2 + 4 * 6 + 3 * 2, "linears": 4 * 2 * (7 + 4), "pipeline": 1}
+    for part, cases in counts.items():
         assert len(result[part]) == cases, part
         assert f"## {part}" in ran.stdout
-    torch = [row for row in result["linears"] if row["variant"].startswith("torch")]
-    ours = [row for row in result["linears"] if row not in torch]
+    assert [row["passed"] for row in result["kernel"] if "check" in row] == [True, True]
+    timed = result["linears"] + [row for row in result["kernel"] if "variant" in row]
+    torch = [row for row in timed if row["variant"].startswith("torch")]
+    ours = [row for row in timed if row not in torch]
     assert all(row["seconds"] is None and row["note"] == "no torch with a GPU" for row in torch)
     for row in ours + result["generation"] + result["gptq"]:
         assert row["seconds"] > row["floor_seconds"] > 0
@@ -60,7 +63,7 @@ def test_predictions_are_bytes_and_operations_over_the_datasheets_ceilings():
         (["--output", "/nowhere/x.json"], "cannot be written; name a file in a folder that exists"),
         (
             ["--parts", "linear"],
-            "There is no part linear; the parts are correctness, generation, gptq, linears, pipeline",
+            "There is no part linear; the parts are correctness, generation, gptq, kernel, linears, pipeline",
         ),
     ],
 )
@@ -92,3 +95,20 @@ def test_a_check_that_was_not_made_has_not_passed(monkeypatch):
     rows = correctness.run(common.TINY, common.Clock(seconds=0.0), common.DATASHEET)
     assert len(rows) == 4 and not any(row["passed"] for row in rows)
     assert correctness.table(rows).count("FAILED | out of time") == 4
+
+
+def test_a_kernel_that_ends_its_process_is_said(monkeypatch):
+    """What was written before is kept."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from h100 import common, kernel
+
+    monkeypatch.setattr(kernel, "_inside", _ends)
+    rows = kernel.run(common.TINY, common.Clock(60.0), common.DATASHEET)
+    assert rows[0] == {"check": "first", "value": 0.0, "passed": True}
+    assert not rows[1]["passed"] and rows[1]["note"] == "its process ended with 3"
+    assert "FAILED the kernel: its process ended with 3" in kernel.table(rows)
+
+
+def _ends(file, *_):
+    file.write_text(json.dumps({"check": "first", "value": 0.0, "passed": True}) + "\n")
+    os._exit(3)

@@ -230,12 +230,7 @@ def test_the_prefill_of_a_whole_model(name, route):
 
 
 # kernels of one decoder layer with our own kernel: a decode step of one row, of 16 rows
-OWN_KERNELS = {
-    ("llama-7b", 0): (22, 22),
-    ("llama-7b", 8): (32, 32),
-    ("opt-6.7b", 0): (21, 22),
-    ("opt-6.7b", 8): (32, 32),
-}
+OWN_KERNELS = {("llama-7b", 0): (22, 22), ("llama-7b", 8): (32, 32), ("opt-6.7b", 0): (21, 22)}
 
 
 @pytest.mark.parametrize(("name", "rank"), OWN_KERNELS)

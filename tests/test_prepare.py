@@ -1,5 +1,6 @@
 import gc
 import weakref
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from fpq_jax.models import _prepare, abstract_model, params_of, prepare_in_place, with_params
 
-from fpq_jax import FpqError, QuantSpec, load, lorc, prepare, quantize_array, save
+from fpq_jax import FpqError, Generator, QTensor, QuantSpec, load, lorc, prepare, quantize_array, save
+from fpq_jax.kernels import Fragments
 
 M2 = QuantSpec(group_size=32, constraint="m2")
 W8 = QuantSpec(format="e4m3", group_size="channel")
@@ -43,6 +45,30 @@ def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
     bytes_ = [sum(leaf.nbytes for leaf in jax.tree.leaves(params_of(m))) for m in (at_load, in_step)]
     assert bytes_[0] > bytes_[1] if spec == M2 else bytes_[0] == bytes_[1]
     assert at_load.decode_rows == (16 if spec in (M2, W8) else 1)
+
+
+def test_a_model_with_our_own_kernel(tiny_llama):
+    model = quantized(load(tiny_llama))
+    ready = prepare(model, "kernel")
+    linears = [leaf for path, leaf in params_of(ready).items() if path.startswith("layers.") and "kernel" in path]
+    assert len(linears) == 2 * 4 and all(isinstance(leaf, Fragments) for leaf in linears)
+    assert ready.decode_rows == 1 and ready.prepared
+    without = lambda leaf: replace(leaf, low_rank=None) if isinstance(leaf, QTensor) else leaf
+    plain = {path: without(leaf) for path, leaf in params_of(model).items()}
+    assert prepare(with_params(model, plain), "kernel").decode_rows == 2
+    expected = logits(prepare(model))
+    np.testing.assert_allclose(logits(ready), expected, atol=1e-5 * np.abs(expected).max())
+    prompts = [[1, 5, 9], [7]]
+    found, others = (Generator(prepare(model, how))(prompts, max_new_tokens=8).tokens for how in ("kernel", "load"))
+    assert found == others
+    again = prepare(ready, "load")  # another form of what is there
+    np.testing.assert_array_equal(logits(again), expected)
+    two = jax.sharding.AbstractMesh((1, 2), ("data", "model"))
+    with pytest.raises(FpqError, match="multiplies on one device, and these are 2; expand with load or step"):
+        prepare(model, "kernel", mesh=two)
+    for other in (load(tiny_llama), quantized(load(tiny_llama), W8)):
+        with pytest.raises(FpqError, match="No weight here is for the kernel"):
+            prepare(other, "kernel")
 
 
 def test_linears_of_different_kinds_are_not_merged(tiny_llama):
