@@ -187,14 +187,8 @@ def _multiplied(
     """x (quantized: ``tokens``) times the weight without LoRC, in float32. It is differentiated as x @ dequantize(q):
     straight through the rounding of x (Bengio et al., arXiv 1308.3432), and the weight is a constant."""
     if tokens is None:
-        return jnp.matmul(x, dequantize(q, x.dtype), preferred_element_type=jnp.float32)
-    if not isinstance(q, Fragments):
-        return _product(tokens, q)
-    *batch, inner = x.shape
-    if math.prod(batch) > MOST_TOKENS:
-        return _product(tokens, of_fragments(q))
-    y = matmul(tokens.codes.reshape(-1, inner), q).reshape(*batch, -1) * tokens.scale
-    return y if q.row_scale is None else y * q.row_scale.T
+        return jnp.matmul(x, dequantize(of_fragments(q), x.dtype), preferred_element_type=jnp.float32)
+    return _product(tokens, q)
 
 
 def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
@@ -202,15 +196,19 @@ def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
     y = _multiplied(*primals)
     if isinstance(tangents[0], SymbolicZero):
         return y, jnp.zeros_like(y)
-    q = of_fragments(q) if isinstance(q, Fragments) else q
-    return y, jnp.matmul(tangents[0], dequantize(q, x.dtype), preferred_element_type=jnp.float32)
+    return y, jnp.matmul(tangents[0], dequantize(of_fragments(q), x.dtype), preferred_element_type=jnp.float32)
 
 
 _multiplied.defjvp(_multiplied_jvp, symbolic_zeros=True)
 
 
-def _product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
+def _product(tokens: QuantizedTokens, q: QTensor | Fragments) -> Float[Array, "*batch out"]:
     """The product of quantized activations and the weight without LoRC, in float32."""
+    *batch, inner = tokens.codes.shape
+    if isinstance(q, Fragments) and math.prod(batch) <= MOST_TOKENS:
+        y = matmul(tokens.codes.reshape(-1, inner), q).reshape(*batch, -1) * tokens.scale
+        return y if q.row_scale is None else y * q.row_scale.T
+    q = of_fragments(q)
     kind, activation = product_kind(q), q.spec.activation
     assert activation is not None
     contract_last = (((tokens.codes.ndim - 1,), (1,)), ((), ()))

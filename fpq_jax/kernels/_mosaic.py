@@ -145,7 +145,7 @@ def _numbers(words: Any, table: np.ndarray, start: int, count: int) -> Any:
     )
     def numbers(_: Any, ref: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
-        constant = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))
+        constant = lambda value: mgpu.c(value - (value >> 31 << 32), i32)
         index = lambda value: arith.index_cast(ir.IndexType.get(), value)
 
         def chosen(nibbles: Any, first: Any, second: Any) -> Any:
@@ -201,7 +201,7 @@ def _store(out: Any, total: Any, first: Any, first_token: Any, s: Schedule) -> N
             memref.store(value, out, [arith.addi(at[1], row), arith.addi(at[0], column)])
 
         def written_if_any(value: Any, at: Any) -> None:
-            count = arith.constant(index, s.rows % 8)
+            count = mgpu.c(s.rows % 8, index)
             with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, at[1], count)):
                 memref.store(value, out, [arith.addi(at[1], whole), arith.addi(at[0], column)])
 
@@ -210,7 +210,7 @@ def _store(out: Any, total: Any, first: Any, first_token: Any, s: Schedule) -> N
         if full:
             total[:, :full].foreach(written)
         if full < s.tokens and s.rows % 8:
-            whole = arith.constant(index, full)
+            whole = mgpu.c(full, index)
             total[:, full : full + 8].foreach(written_if_any)
 
     store(out, total, first, first_token)
