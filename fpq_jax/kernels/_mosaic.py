@@ -50,6 +50,7 @@ def partial_sums(
         grid_names=("block",),
         num_threads=s.warpgroups + 1,
         thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="fp4_matmul",
     )
     return run(*operands)
@@ -75,7 +76,7 @@ def _fp4_matmul(*refs: Any, s: Schedule, chunk: int, table: np.ndarray, outs: in
             def products(accumulator: Any, i: int = i) -> Any:
                 for start in range(i * s.part, (i + 1) * s.part, chunk):
                     w = _numbers(weight.at[warpgroup], table, start, chunk)
-                    plgpu.wgmma(accumulator, w, plgpu.transpose_ref(x.at[:, pl.ds(start, chunk)], (1, 0)))
+                    plgpu.wgmma(accumulator, w, x.at[:, pl.ds(start, chunk)].transpose((1, 0)))
                 return accumulator[...]
 
             product = pl.run_scoped(products, plgpu.ACC((64, s.tokens), jnp.float32))
@@ -126,7 +127,7 @@ def _fp4_matmul(*refs: Any, s: Schedule, chunk: int, table: np.ndarray, outs: in
 
 def _scale(scales: Any, i: int, warpgroup: Any) -> Any:
     """Of the step's i-th group, for each output of the warpgroup."""
-    found = plgpu.load(scales, (i, pl.ds(warpgroup * 64, 64)), layout=_SCALES, optimized=False)
+    found = plgpu.layout_cast(scales[i, pl.ds(warpgroup * 64, 64)], _SCALES)
     if found.dtype == jnp.float32:
         return found
     return lax.bitcast_convert_type((found.astype(jnp.int32) + 127) << 23, jnp.float32)

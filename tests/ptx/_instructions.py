@@ -107,26 +107,11 @@ class Instructions(Operands):
         """The element type, the vector length, and a function to (space, byte addresses [active lanes, bytes])."""
         kind = parts[-1]
         length = next((int(part[1]) for part in parts if part in ("v2", "v4", "v8")), 1)
-        spaces = {"global", "param", "shared", "shared::cta", "shared::cluster"} & set(parts)
+        spaces = {"global", "param", "param::entry", "shared", "shared::cta", "shared::cluster"} & set(parts)
         space = spaces.pop().split("::")[0] if spaces else ""
-        known = {
-            "relaxed",
-            "acquire",
-            "release",
-            "weak",
-            "volatile",
-            "gpu",
-            "cta",
-            "sys",
-            "nc",
-            "ca",
-            "cg",
-            "cs",
-            "wb",
-            "cv",
-        }
+        known = set("relaxed acquire release weak volatile gpu cta sys nc ca cg cs wb cv".split())
         for part in parts[:-1]:
-            if part not in known | {space} and not re.fullmatch(r"v[248]|L[12]::\w+|shared::\w+|level::\w+", part):
+            if part not in known | {space} and not re.fullmatch(r"v[248]|L[12]::\w+|(shared|param|level)::\w+", part):
                 raise self.unknown()
         locate, size = self.address(operand), DTYPES[kind].itemsize * length
 
@@ -186,6 +171,8 @@ class Instructions(Operands):
 
     def op_setmaxnreg(self, parts: list[str], operands: list[str]) -> Execute:
         return lambda warp, mask: None
+
+    op_prefetch = op_setmaxnreg
 
     def op_fence(self, parts: list[str], operands: list[str]) -> Execute:
         if parts[0] == "proxy" and not parts[1].startswith("async"):

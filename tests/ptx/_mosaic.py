@@ -45,7 +45,8 @@ def launch(mlir: str) -> Launch:
     """
     end = mlir.rindex("gpu.launch_func")
     body = mlir[mlir.rindex("func.func @", 0, end) : mlir.index("\n", end)]
-    values: dict[str, Any] = {"%arg1": ("slot", 0, 0)}
+    _, pointers = re.findall(r"(%\w+): !llvm\.ptr", body.partition("\n")[0])  # the context, and the buffers
+    values: dict[str, Any] = {pointers: ("slot", 0, 0)}
     stack: dict[tuple[str, int], Any] = {}
     maps: dict[tuple[str, int], TensorMap] = {}
     element_bits = {"i8": 8, "i32": 32, "i64": 64, "!llvm.ptr": 64, "f32": 32, "bf16": 16, "f16": 16, "i16": 16}
