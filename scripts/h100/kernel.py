@@ -7,6 +7,7 @@ before may hang or end its process's GPU context, and the other parts are to be 
 import json
 import multiprocessing
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from h100 import generation, linears
-from h100.common import DATASHEET, Clock, Sizes, free_memory, markdown, on_gpu, ratio_text, time_text
+from h100.common import (
+    DATASHEET,
+    Clock,
+    Sizes,
+    compiled_in_parallel,
+    filled,
+    floor_seconds,
+    free_memory,
+    markdown,
+    on_gpu,
+    ratio_text,
+    seconds_of,
+    time_text,
+)
 
 from fpq_jax import QuantSpec, dequantize, quantize_array
 from fpq_jax.kernels import Fragments, fragments, matmul, of_fragments
+from fpq_jax.kernels._fragments import group_length
+from fpq_jax.kernels._schedule import schedule_for
 
 LINEARS = ("bf16", "W4A8 load", "W4A8 kernel", "W4A8 kernel alone", "torch bf16", "torch scaled_mm")
 MODELS = ("bf16", "W4A8 load", "W4A8 kernel")
+TILES = ((2, 8), (2, 4), (4, 4), (4, 3))  # (warpgroups, steps in flight) to choose from for _schedule.py
 _FORMATS = ("e2m1", "e3m0", "int4")
 _GROUPS = (256, 64, 32, 128, 512, 96, "channel")
 _BOUND = 2**-10  # of the sum of magnitudes; the tensor core drops what is below 2^-13 of the largest that it adds
@@ -58,8 +75,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         worst = max((row["value"] for row in checks if row["value"] is not None), default=float("nan"))
         parts.append(f"{len(checks)} checks, {len(failed)} failed; largest difference {worst:.2g}")
         parts += [f"FAILED {row['check']}: {row.get('note', row['value'])}" for row in failed]
-    if products := [row for row in rows if "linear" in row]:
+    if products := [row for row in rows if "linear" in row and "variant" in row]:
         parts.append(_linears_table(products))
+    if tiles := [row for row in rows if "tiles" in row]:
+        parts.append(_tiles_table(tiles))
     if models := [row for row in rows if "phase" in row]:
         parts.append(generation.table(models))
     return "\n\n".join(parts)
@@ -125,6 +144,55 @@ def _inside(file: Path, sizes: Sizes, seconds: float, ceilings: dict[str, float]
     clock.start_part(seconds)
     for rows in linears.measured(_linear_cases(sizes), sizes, clock, ceilings):
         write(rows)
+    shapes = next(iter(linears.shapes_of(sizes).values()))
+    for name in ("o", "gate_up"):  # the smallest and the largest
+        write(_tiles(name, shapes[name], sizes, clock, ceilings))
+
+
+def _tiles(
+    name: str, shape: tuple[int, int], sizes: Sizes, clock: Clock, ceilings: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The kernel alone with tiles that are not those of the table, for the first of the models."""
+    spec, rows = QuantSpec(constraint="m2", group_size=sizes.group_size), []
+    stored = jax.eval_shape(lambda w: fragments(quantize_array(w, spec)), jax.ShapeDtypeStruct(shape, jnp.float32))
+    count = int(np.clip(sizes.cold_bytes // (shape[0] * shape[1]), 2, 16))
+    weights = [filled(stored, 10 * i) for i in range(count)]
+
+    def compile_(job: tuple[int, tuple[int, int]]) -> Any:
+        tokens, (warpgroups, stages) = job
+        s = schedule_for(tokens, *shape, group_length(spec, shape[0]))
+        s = replace(s, warpgroups=warpgroups, stages=min(stages, s.stages))
+        multiply = jax.jit(lambda xs, ws: [matmul(x, w, s) for x, w in zip(xs, ws, strict=True)])
+        return multiply.lower([codes(tokens)] * count, weights).compile()
+
+    codes = lambda tokens: filled(jax.ShapeDtypeStruct((tokens, shape[0]), jnp.float8_e4m3fn))
+    jobs = [(tokens, tiles) for tokens in sizes.few_tokens if tokens in (1, 3, 16, 64) for tiles in TILES]
+    if clock.left() < 10 and on_gpu():
+        return [{"linear": name, "tokens": tokens, "tiles": tiles, "note": "out of time"} for tokens, tiles in jobs]
+    for (tokens, tiles), program in compiled_in_parallel(jobs, compile_):
+        row: dict[str, Any] = {"linear": name, "tokens": tokens, "tiles": tiles}
+        try:
+            if isinstance(program, Exception):
+                raise program
+            xs = [codes(tokens)] * count
+            seconds = seconds_of(lambda program=program, xs=xs: program(xs, weights), sizes.repeats) / count
+            floor = floor_seconds(shape[0] * shape[1] / 2, {}, ceilings)
+            rows.append(row | {"seconds": seconds, "share_of_measured_ceiling": floor / seconds})
+        except Exception as error:  # too much shared memory: the others go on
+            rows.append(row | {"note": f"{type(error).__name__}: {str(error)[:200]}"})
+    return rows
+
+
+def _tiles_table(rows: list[dict[str, Any]]) -> str:
+    lines: dict[Any, dict[Any, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["linear"], row["tokens"]), {})[tuple(row["tiles"])] = row
+    header = ["linear", "tokens", *(f"{warpgroups} warpgroups, {stages} steps" for warpgroups, stages in TILES)]
+    cells = [
+        [*map(str, at), *(time_text(found.get(tiles, {}).get("seconds")) for tiles in TILES)]
+        for at, found in lines.items()
+    ]
+    return markdown(header, cells)
 
 
 def _check(seed: int) -> dict[str, Any]:
