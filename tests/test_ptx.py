@@ -303,6 +303,7 @@ def whole(tmp_path_factory, hopper_compiler):
         patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
         fpq_jax.compile_for_hopper(run, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
     text, mlir = (next(folder.glob(f"*.{end}")).read_text() for end in ("ptx", "mlir-passes.log"))
+    arrays = [table(fpq_jax.E2M1).view(np.int32), *arrays]  # as the kernel has them
     return text, ptx.launch(mlir), [frozen(array) for array in arrays]
 
 

@@ -43,8 +43,10 @@ def partial_sums(
     # TMA wants whole swizzled rows; up to eight tokens it fills in what is missing
     x = jnp.pad(x, ((0, -s.m % 8 if s.m > 8 else 0), (0, -s.k % chunk)))
     operands = (x, words) if group_scale is None else (x, words, group_scale)
+    # from memory, since the compiler copies constants into registers for each use again
+    tables = jnp.asarray(np.ascontiguousarray(table).view(np.int32))
     run = plgpu.kernel(
-        partial(_fp4_matmul, s=s, chunk=chunk, table=table, outs=64 * len(words)),
+        partial(_fp4_matmul, s=s, chunk=chunk, signed=_signed(table), outs=64 * len(words)),
         out_type=jax.ShapeDtypeStruct((s.slots, s.rows, 64 * len(words)), jnp.float32),
         grid=(s.blocks,),
         grid_names=("block",),
@@ -53,12 +55,19 @@ def partial_sums(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="fp4_matmul",
     )
-    return run(*operands)
+    return run(tables, *operands)
 
 
-def _fp4_matmul(*refs: Any, s: Schedule, chunk: int, table: np.ndarray, outs: int) -> None:
+def _signed(table: np.ndarray) -> bool:
+    """Whether a code's highest bit is its number's sign."""
+    return bool(np.all(table[8:] == (table[:8] | 0x80)))
+
+
+def _fp4_matmul(tables: Any, *refs: Any, s: Schedule, chunk: int, signed: bool, outs: int) -> None:
     *operands, out = refs
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+
+    table = [tables[i] for i in range(2 if signed else 4)]
 
     def place(step: Any) -> tuple[Any, Any, Any, Any]:
         """Token tile, output tile, step along the inputs, and whether there is such a unit: the last block's run may
@@ -133,18 +142,18 @@ def _scale(scales: Any, i: int, warpgroup: Any) -> Any:
     return lax.bitcast_convert_type((found.astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
-def _numbers(words: Any, table: np.ndarray, start: int, count: int) -> Any:
+def _numbers(words: Any, table: list[Any], start: int, count: int) -> Any:
     """The weight [64, count] of the inputs from ``start``, in registers; words: in shared memory, uint32
-    [STEP / 16, 128], of which a block of 64 inputs has four rows, one for each warp."""
-    tables = [int(word) for word in np.ascontiguousarray(table).view(np.uint32)]
-    signed = bool(np.all(table[8:] == (table[:8] | 0x80)))  # a code's highest bit is its number's sign
+    [STEP / 16, 128], of which a block of 64 inputs has four rows, one for each warp. table: the bytes of the first
+    eight codes and, where the highest bit of a code is not its sign, of the others, four to an int32."""
     layout = plgpu.Layout.WGMMA_8BIT
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
+        arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT for _ in table)),
         return_type=plgpu.ShapeDtypeStruct((64, count), jnp.float8_e4m3fn, layout=layout),
     )
-    def numbers(_: Any, ref: Any) -> Any:
+    def numbers(_: Any, ref: Any, *table: Any) -> Any:
+        tables = [word.registers.flat[0] for word in table]
         i32 = ir.IntegerType.get_signless(32)
         constant = lambda value: mgpu.c(value - (value >> 31 << 32), i32)
         index = lambda value: arith.index_cast(ir.IndexType.get(), value)
@@ -156,10 +165,10 @@ def _numbers(words: Any, table: np.ndarray, start: int, count: int) -> Any:
 
         def four_numbers(nibbles: Any, highest: Any) -> Any:
             """As bytes, of the low four nibbles and what is at the top of each byte."""
-            numbers = chosen(nibbles, *map(constant, tables[:2]))
-            if signed:
+            numbers = chosen(nibbles, *tables[:2])
+            if len(tables) == 2:
                 return arith.ori(arith.andi(highest, constant(0x80808080)), numbers)
-            others = chosen(nibbles, *map(constant, tables[2:]))
+            others = chosen(nibbles, *tables[2:])
             mask = chosen(constant(0xBA98), highest, highest)  # each byte's top bit, eight times
             return arith.xori(numbers, arith.andi(mask, arith.xori(numbers, others)))
 
@@ -184,7 +193,7 @@ def _numbers(words: Any, table: np.ndarray, start: int, count: int) -> Any:
                 registers[0, column // 16, 0, 0, h, 0, 0, 0, 0] = vector.bitcast(e4m3, bytes_)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
 
-    return numbers(words)
+    return numbers(words, *table)
 
 
 def _store(out: Any, total: Any, first: Any, first_token: Any, s: Schedule) -> None:
