@@ -35,8 +35,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.format}-{s.group_size}-{s.constraint}")
-@pytest.mark.parametrize("shape", [(640, 200), (1100, 64), (70, 3)])
-def test_nothing_is_lost(shape, spec):
+def test_nothing_is_lost(spec):
+    shape = [(640, 200), (1100, 64), (70, 3)][SPECS.index(spec) % 3]
     q = weight(shape, spec)
     assert takes(q)
     f = fragments(lorc(jnp.zeros(shape), q, rank=2))

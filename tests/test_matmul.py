@@ -44,14 +44,13 @@ def close(found, expected, bound=1e-6):
     assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 1100, 200), (40, 640, 130)])
-def test_a_product_is_what_float64_says(spec, tokens, inputs, outputs):
-    x, q = operands(tokens, inputs, outputs, spec)
+@pytest.mark.parametrize(("tokens", "name"), [*((1, name) for name in SPECS), (40, "m2"), (40, "free")])
+def test_a_product_is_what_float64_says(tokens, name):
+    x, q = operands(tokens, 1100, 200, SPECS[name])
     close(linear(x, fragments(q)), exact(x, q))
 
 
-@pytest.mark.parametrize("spec", [SPECS[name] for name in ("m2", "m1, groups of 64", "e3m0", "int4")], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[name] for name in ("m1, groups of 64", "int4")], ids=str)
 def test_it_is_what_expanded_weights_give(spec):
     """Up to the order of float32 sums; LoRC and bias too."""
     x, q = operands(5, 900, 150, spec, seed=1)

@@ -24,7 +24,6 @@ M2 = QuantSpec(constraint="m2")
 CASES = {
     "one token": ((1, 1100, 200), (8, 2, 8, 132), M2),
     "stages used again, runs that end in a tile": ((5, 2048, 384), (8, 2, 3, 5), M2),
-    "whole tiles": ((16, 1024, 256), (16, 2, 2, 2), M2),
     "rows to fill up": ((12, 900, 300), (16, 2, 4, 5), M2),
     "free scales": ((16, 1300, 130), (16, 2, 4, 4), QuantSpec(group_size=64)),
     "int4, the smallest groups": ((3, 1000, 130), (8, 2, 4, 4), QuantSpec(format="int4", group_size=32)),

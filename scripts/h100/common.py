@@ -65,14 +65,14 @@ FULL = Sizes(
 )
 TINY = Sizes(
     models={"tiny": (128, 256, 2, 256)},
-    tokens=(1, 16),
+    tokens=(5,),
     few_tokens=(3,),
     kernel_checks=2,
     checked_tokens=(5,),
     checked_linear=(640, 256),
     cold_bytes=2**15,
     prompt=32,
-    decode=((1, 32), (3, 32)),
+    decode=((3, 32),),
     decode_steps=2,
     group_size=32,
     calibration=(2, 32),
