@@ -205,7 +205,7 @@ _multiplied.defjvp(_multiplied_jvp, symbolic_zeros=True)
 def _product(tokens: QuantizedTokens, q: QTensor | Fragments) -> Float[Array, "*batch out"]:
     """The product of quantized activations and the weight without LoRC, in float32."""
     *batch, inner = tokens.codes.shape
-    if isinstance(q, Fragments) and math.prod(batch) <= MOST_TOKENS:
+    if isinstance(q, Fragments) and 0 < math.prod(batch) <= MOST_TOKENS:
         y = matmul(tokens.codes.reshape(-1, inner), q).reshape(*batch, -1) * tokens.scale
         return y if q.row_scale is None else y * q.row_scale.T
     q = of_fragments(q)

@@ -136,3 +136,11 @@ def test_what_it_is_not_for_is_said(monkeypatch):
     monkeypatch.setattr(matmul_module.jax, "devices", lambda: [Other()])
     with pytest.raises(FpqError, match=r"for Hopper \(H100, H200\), and this is NVIDIA A100; expand with load or step"):
         fpq.expand_params(small, "kernel")
+
+
+def test_no_tokens_and_the_smallest_weight():
+    x, q = operands(3, 1, 1, SPECS["m2"])
+    f = fragments(q)
+    close(linear(x, f), exact(x, q))
+    assert linear(x[:0], f).shape == (0, 1)
+    assert np.isnan(linear(x.at[1].set(jnp.nan), f)).tolist() == [[False], [True], [False]]
