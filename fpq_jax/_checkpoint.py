@@ -11,6 +11,7 @@ and appears under its name only when all of it is written.
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from fpq_jax._output import new_directory
 from fpq_jax._packed import STEM
 from fpq_jax._parts import MANIFEST, VERSION, Entry, PartsWriter, Sharding, abstract_part, arrays_of, read_part
 from fpq_jax._qtensor import QTensor
-from fpq_jax._residency import Residency, check_residency
+from fpq_jax._residency import Residency, check_any_for_kernel, check_residency
 from fpq_jax._tree import Flat
 from fpq_jax._tree_checkpoint import is_tree_dir, read_tree, write_tree
 from fpq_jax._unfinished import is_unfinished, unfinished_folder
@@ -146,6 +147,12 @@ def open_model(folder: Path) -> QuantizedCheckpoint | HfCheckpoint:
     return QuantizedCheckpoint(folder) if is_quantized_dir(folder) else open_checkpoint(folder)
 
 
+def abstract_leaves(checkpoint: QuantizedCheckpoint | HfCheckpoint) -> Iterator[Any]:
+    """All parameters of a checkpoint, without values."""
+    for name in part_names(checkpoint.model_config):
+        yield from checkpoint.abstract_part(name).values()
+
+
 def save(directory: str | Path, model: Any) -> None:
     """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything.
 
@@ -186,11 +193,13 @@ def load(
     option applies (see ``expand_params``).
     """
     if expand is not None:
-        check_residency(expand, 1 if mesh is None else mesh.size)
+        check_residency(expand, None if mesh is None else mesh.size)
     folder = resolve_model(directory)
     if like is not None or is_tree_dir(folder):
         return _load_tree(folder, like, dtype=dtype, expand=expand, mesh=mesh)
     checkpoint = open_model(folder)
+    if expand is not None:
+        check_any_for_kernel(abstract_leaves(checkpoint), expand)
     if mesh is not None:
         check_division(checkpoint.model_class, checkpoint.model_config, mesh)
     if expand is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:

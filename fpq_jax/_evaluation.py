@@ -179,7 +179,7 @@ def _losses_of(
     for name in layers:
         params = below(replicate(next(reading), mesh), f"{name}.")
         own = {f"layers.0.{path}": leaf for path, leaf in params.items()}
-        layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand, whole=False).layers[0]
+        layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
         del params, own
         weight_bytes += stored_bytes(params_of(layer))
         forward(layer, hidden, mesh, cache)

@@ -22,6 +22,7 @@ from fpq_jax._generation import GREEDY, cache_dtype, prefill, step
 from fpq_jax._mesh import abstract_mesh
 from fpq_jax._program import Program
 from fpq_jax._rows import Rows, row_keys
+from fpq_jax.kernels import Fragments
 
 Route = Literal["cublas", "triton"]
 
@@ -66,6 +67,9 @@ def compile_for_hopper(
         raise FpqError(f"route is {route!r}; it must be {' or '.join(get_args(Route))}.")
     if capability not in _CAPABILITIES:
         raise FpqError(f"capability is {capability!r}; it must be 9 or 8.")
+    ours = jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, Fragments))
+    if capability < 9 and any(isinstance(leaf, Fragments) for leaf in ours):
+        raise FpqError(f"Our own kernel is for capability 9, not {capability}; expand with load or step.")
     static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
     where = _on_hoppers([a for i, a in enumerate(arguments) if i not in static], capability)
     abstract = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf))

@@ -25,19 +25,20 @@ from fpq_jax.kernels import Fragments, check_device, fragments, of_fragments, ta
 Residency = Literal["load", "step", "kernel"]
 
 
-def check_residency(how: Any, devices: int = 1) -> None:
-    """FpqError for other names, and for the kernel where it cannot be; ``devices``: that have the weights."""
+def check_residency(how: Any, devices: int | None = None) -> None:
+    """FpqError for other names, and for the kernel where it cannot be; ``devices``: of a mesh, if there is one."""
     if how not in get_args(Residency):
         raise FpqError(f"expand is {how!r}; it must be {', '.join(get_args(Residency)[:-1])} or kernel.")
     if how == "kernel":
         check_device()
-        if devices > 1:
-            raise FpqError(f"The kernel multiplies on one device, and these are {devices}; expand with load or step.")
+        if devices is not None:
+            raise FpqError("The kernel multiplies on one device, without a mesh; expand with load or step.")
 
 
-def check_any_for_kernel(kernels: Iterable[Any], how: str) -> None:
-    """FpqError if our kernel is asked for and none of the weights, as they stay in memory, is for it."""
-    if how == "kernel" and not any(isinstance(kernel, Fragments) for kernel in kernels):
+def check_any_for_kernel(leaves: Iterable[Any], how: str) -> None:
+    """FpqError if our kernel is asked for and none of a model's parameters is for it."""
+    fits = lambda leaf: isinstance(leaf, Fragments) or (isinstance(leaf, QTensor) and takes(leaf))
+    if how == "kernel" and not any(map(fits, leaves)):
         raise FpqError(
             "No weight here is for the kernel, which multiplies weights in e2m1, e3m0 or int4 by activations in e4m3; "
             "expand with load or step."

@@ -159,8 +159,9 @@ def expand_params(params: Any, expand: Residency = "load") -> Any:
     to FP8 once, exactly, a byte per weight; "step" leaves them packed; "kernel" lays them out for our own kernel, which
     has not been measured on a GPU yet. All pad FP8 codes with zeros to multiples of 16, which FP8 products want.
     FpqError for a kernel that does not take them."""
-    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    check_residency(expand, max((len(array.sharding.device_set) for array in arrays), default=1))
+    known = [leaf.sharding for leaf in jax.tree.leaves(params) if _has_device(leaf)]
+    devices = max((len(sharding.device_set) for sharding in known), default=1)
+    check_residency(expand, devices if devices > 1 else None)
 
     def one(leaf: Any) -> Any:
         if not is_quantized(leaf):
@@ -170,9 +171,12 @@ def expand_params(params: Any, expand: Residency = "load") -> Any:
             make = jax.vmap(make)
         return make(leaf)
 
-    expanded = jax.tree.map(one, params, is_leaf=is_quantized)
-    check_any_for_kernel(jax.tree.leaves(expanded, is_leaf=is_quantized), expand)
-    return expanded
+    check_any_for_kernel(jax.tree.leaves(params, is_leaf=is_quantized), expand)
+    return jax.tree.map(one, params, is_leaf=is_quantized)
+
+
+def _has_device(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def _with_hessians(selection: Selection, hessians: Mapping[str, Any]) -> Selection:

@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from fpq_jax._atomic import write_json
-from fpq_jax._checkpoint import open_model, resolve_model
+from fpq_jax._checkpoint import abstract_leaves, open_model, resolve_model
 from fpq_jax._console import console, join_processes, run_command
 from fpq_jax._demo import is_demo
 from fpq_jax._errors import check_at_least
@@ -17,7 +17,7 @@ from fpq_jax._generation import KvCache
 from fpq_jax._layerwise import BATCH_TOKENS, CacheShape
 from fpq_jax._mesh import is_first, parse_mesh
 from fpq_jax._report import VERSION, environment, shortened, size_text
-from fpq_jax._residency import Residency, check_residency
+from fpq_jax._residency import Residency, check_any_for_kernel, check_residency
 from fpq_jax._text import check_spec
 from fpq_jax.kernels import notice
 
@@ -62,10 +62,11 @@ def main(options: Options) -> None:
     check_at_least(1, max_windows=options.max_windows, batch_tokens=options.batch_tokens)
     check_at_least(2, seq_len=options.seq_len)
     mesh = parse_mesh(options.mesh)
-    check_residency(options.expand, mesh.size)
+    check_residency(options.expand, mesh.size if mesh.size > 1 else None)
+    checkpoint = open_model(resolve_model(options.model))
+    check_any_for_kernel(abstract_leaves(checkpoint), options.expand)
     if options.expand == "kernel":
         console.print(notice(), markup=False)
-    checkpoint = open_model(resolve_model(options.model))
     config = checkpoint.model_config
     cache = None
     if options.kv_cache == "float8":

@@ -11,7 +11,7 @@ from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation import Generator, KvCache, Sampling
 from fpq_jax._mesh import parse_mesh
 from fpq_jax._report import size_text
-from fpq_jax._residency import Residency, check_residency
+from fpq_jax._residency import Residency
 from fpq_jax._text import load_tokenizer
 from fpq_jax._tree import stored_bytes
 from fpq_jax.kernels import notice
@@ -55,10 +55,9 @@ def main(options: Options) -> None:
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
     mesh = parse_mesh(options.mesh)
-    check_residency(options.expand, mesh.size)
+    model = load(folder, expand=options.expand, mesh=mesh if mesh.size > 1 else None)
     if options.expand == "kernel":
         console.print(notice(), markup=False)
-    model = load(folder, expand=options.expand, mesh=mesh if mesh.size > 1 else None)
     tokenizer = load_tokenizer(folder)
     shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])
     result = Generator(model, kv_cache=options.kv_cache)(

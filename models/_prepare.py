@@ -12,6 +12,7 @@ from fpq_jax.models._sharding import division, sharding, shardings
 from jax.sharding import AbstractMesh, Mesh
 
 from fpq_jax._errors import FpqError
+from fpq_jax._followed import is_quantized
 from fpq_jax._linear import FP8_MULTIPLE, Divided, product_kind
 from fpq_jax._mesh import MODEL
 from fpq_jax._qtensor import QTensor, check_exponents
@@ -32,8 +33,9 @@ def prepare(
     ``models/_sharding.py``); by default they stay where they are. Works on abstract models too, and on an AbstractMesh,
     which gives an abstract model. Arrays that need no change are shared with the model.
     """
-    devices = max((on.size for on in (mesh, model.mesh) if on is not None), default=1)
-    check_residency(expand, devices)
+    on = model.mesh if mesh is None else mesh
+    check_residency(expand, None if on is None else on.size)
+    check_any_for_kernel(params_of(model).values(), expand)
     if attention not in ("xla", "cudnn"):
         raise FpqError(f"attention is {attention!r}; it must be xla or cudnn.")
     return prepare_in_place(nnx.clone(model) if mesh is None else divide(model, mesh), expand, attention)
@@ -59,9 +61,9 @@ def on_mesh(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     return model
 
 
-def prepare_in_place(model: Any, expand: str, attention: str = "xla", *, whole: bool = True) -> Any:
-    """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes. ``whole`` False: of a part
-    of a model, in which there need not be a weight for our kernel."""
+def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
+    """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes."""
+    model.decode_rows = 1
     # blocks alone: a list of all modules would hold what is replaced until the end
     blocks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Block)]
     for block in blocks:
@@ -70,9 +72,9 @@ def prepare_in_place(model: Any, expand: str, attention: str = "xla", *, whole: 
         if hasattr(block, "implementation"):
             block.implementation = attention
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear | MergedLinear) and isinstance(kernel := module.kernel.get_value(), QTensor):
+        if isinstance(module, Linear | MergedLinear) and is_quantized(kernel := module.kernel.get_value()):
             placement = _Placement(model, str(path[-1]))
-            if model.mesh is not None and kernel.has_fp8_form:
+            if model.mesh is not None and isinstance(kernel, QTensor) and kernel.has_fp8_form:
                 check_exponents(kernel)  # which jit hides from ``expand``
             kernel = placement.computed(resident, kernel, how=expand, pad=model.mesh is None)
             if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
@@ -83,8 +85,6 @@ def prepare_in_place(model: Any, expand: str, attention: str = "xla", *, whole: 
     if own and all(kernel.low_rank is None for kernel in own):
         # XLA makes three kernels of one row's norm and absmax, and two of several rows'; LoRC's products cost more then
         model.decode_rows = max(model.decode_rows, 2)
-    if whole:
-        check_any_for_kernel(own, expand)
     model.prepared = True
     return model
 

@@ -39,13 +39,14 @@ class Part(NamedTuple):
     predictions: Any = None
 
 
+# the kernel's first, in a process of its own, while the memory is free
 PARTS = {
-    "correctness": Part(correctness.run, correctness.table, 65),
-    "generation": Part(generation.run, generation.table, 95, generation.predictions),
-    "gptq": Part(gptq.run, gptq.table, 40, gptq.predictions),
-    "kernel": Part(kernel.run, kernel.table, 110, kernel.predictions),
-    "linears": Part(linears.run, linears.table, 70, linears.predictions),
-    "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 75),
+    "kernel": Part(kernel.run, kernel.table, 150, kernel.predictions),
+    "correctness": Part(correctness.run, correctness.table, 60),
+    "generation": Part(generation.run, generation.table, 85, generation.predictions),
+    "gptq": Part(gptq.run, gptq.table, 35, gptq.predictions),
+    "linears": Part(linears.run, linears.table, 60, linears.predictions),
+    "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 70),
 }
 console = Console(highlight=False, soft_wrap=True)
 

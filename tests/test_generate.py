@@ -4,7 +4,7 @@ import shutil
 import pytest
 from fpq_jax.models import params_of, with_params
 
-from fpq_jax import QuantSpec, load, quantize_array, save
+from fpq_jax import QuantSpec, evaluate, generate, load, quantize_array, save
 from fpq_jax._console import run_command
 from fpq_jax._text import load_tokenizer
 from fpq_jax.generate import Options, _stop_tokens, main
@@ -80,6 +80,9 @@ def test_our_own_kernel_is_said_to_be_unmeasured(monkeypatch, capsys, tiny_llama
         "expand kernel: the kernel is compiled and checked for Hopper but not yet measured"
     )
     assert said["load"].splitlines()[0] == said["kernel"].splitlines()[1]
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "--model", tiny_llama, "--expand", "kernel", "--prompt", "the fox")
-    assert "No weight here is for the kernel" in capsys.readouterr().err
+    for module, more in ((generate, ["--prompt", "a"]), (evaluate, ["--eval", "demo"])):
+        monkeypatch.setattr("sys.argv", ["fpq", "--model", str(tiny_llama), "--expand", "kernel", *more])
+        with pytest.raises(SystemExit):
+            run_command(module.main, module.Options, "fpq")
+        printed = capsys.readouterr()
+        assert "No weight here is for the kernel" in printed.err and not printed.out

@@ -248,6 +248,8 @@ def test_a_decode_step_with_our_own_kernel(name, rank):
         assert {k.scope.split("/")[1] for k in compiled.matmuls("matmul")} <= {"attention", "head", "lorc"}
         assert compiled.temp_bytes < SMALLEST_WEIGHT
     assert "8 of our own kernel" in str(compiled)
+    with pytest.raises(FpqError, match="Our own kernel is for capability 9, not 8"):
+        program(name, "w4a8", layers=1, rank=rank, expand="kernel", capability=8)
 
 
 def test_a_prefill_with_our_own_kernels_weights_is_that_of_packed_ones():

@@ -123,6 +123,24 @@ def test_a_tree_is_saved_as_it_was_before(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_trees_are_expanded_under_transformations():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (300, 70))}
+    small = fpq.quantize_params(params, M2)
+    for how in ("load", "kernel"):
+        expand = partial(fpq.expand_params, expand=how)
+        now, later = expand(small), jax.jit(expand)(small)
+        assert jax.tree.structure(now) == jax.tree.structure(later)
+        for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(later), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_under_64_bits():
+    x, q = operands(2, 300, 70, SPECS["m2"])
+    expected = linear(x, fragments(q))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(linear)(x, fragments(q)), expected)
+
+
 def test_what_it_is_not_for_is_said(monkeypatch):
     params = {"kernel": jax.random.normal(jax.random.key(0), (300, 70))}
     for tree in (params, *(fpq.quantize_params(params, fpq.Recipe.load(n)) for n in ("w8a8-fp", "w4a8-int"))):

@@ -83,7 +83,7 @@ def test_what_is_compiled_gives_what_it_should(dumped, sizes, tiles, spec):
     assert launch.grid == (s.blocks, 1, 1)
     for seed in range(2):
         found = np.zeros(expected.shape, np.float32)
-        buffers = launch.bind([frozen(table(spec.format).view(np.int32)), *map(frozen, operands), found])
+        buffers = launch.bind([*map(frozen, operands), frozen(table(spec.format).view(np.int32)), found])
         ptx.run(program, launch.grid, buffers, seed=seed, shared_bytes=launch.shared_bytes)
         # a scale that is no power of two is rounded into the sum once by some machines, twice by others
         np.testing.assert_allclose(found, expected, rtol=0 if s.group is None or spec.constraint else 1e-6)

@@ -63,9 +63,11 @@ def test_a_model_with_our_own_kernel(tiny_llama):
     assert found == others
     again = prepare(ready, "load")  # another form of what is there
     np.testing.assert_array_equal(logits(again), expected)
-    two = jax.sharding.AbstractMesh((1, 2), ("data", "model"))
-    with pytest.raises(FpqError, match="multiplies on one device, and these are 2; expand with load or step"):
-        prepare(model, "kernel", mesh=two)
+    assert not any(isinstance(leaf, Fragments) for leaf in params_of(again).values()) and again.decode_rows == 16
+    for devices in (1, 2):
+        mesh = jax.sharding.AbstractMesh((1, devices), ("data", "model"))
+        with pytest.raises(FpqError, match="multiplies on one device, without a mesh; expand with load or step"):
+            prepare(model, "kernel", mesh=mesh)
     for other in (load(tiny_llama), quantized(load(tiny_llama), W8)):
         with pytest.raises(FpqError, match="No weight here is for the kernel"):
             prepare(other, "kernel")

@@ -36,4 +36,5 @@ def matmul(x: Shaped[Array, "m in"], f: Fragments, schedule: Schedule | None = N
     s = schedule or schedule_for(len(x), *f.shape, group_length(f.spec, f.shape[0]))
     forms = {"cuda": _mosaic.partial_sums, "default": _tiles.partial_sums}
     forms = {name: partial(form, table=table(f.spec.format), s=s) for name, form in forms.items()}
-    return _tiles.added_up(jax.lax.platform_dependent(x, f.words, f.group_scale, **forms), s)
+    with jax.enable_x64(False):  # the kernel counts in int32
+        return _tiles.added_up(jax.lax.platform_dependent(x, f.words, f.group_scale, **forms), s)

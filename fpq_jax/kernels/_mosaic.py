@@ -55,7 +55,7 @@ def partial_sums(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="fp4_matmul",
     )
-    return run(tables, *operands)
+    return run(*operands, tables)
 
 
 def _signed(table: np.ndarray) -> bool:
@@ -63,10 +63,9 @@ def _signed(table: np.ndarray) -> bool:
     return bool(np.all(table[8:] == (table[:8] | 0x80)))
 
 
-def _fp4_matmul(tables: Any, *refs: Any, s: Schedule, chunk: int, signed: bool, outs: int) -> None:
-    *operands, out = refs
+def _fp4_matmul(*refs: Any, s: Schedule, chunk: int, signed: bool, outs: int) -> None:
+    *operands, tables, out = refs
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-
     table = [tables[i] for i in range(2 if signed else 4)]
 
     def place(step: Any) -> tuple[Any, Any, Any, Any]:

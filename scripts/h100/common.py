@@ -51,7 +51,7 @@ FULL = Sizes(
     },
     tokens=(1, 16, 64, 256, 1024, 4096),
     few_tokens=(1, 2, 4, 8, 16, 32, 64, 128),
-    kernel_checks=60,
+    kernel_checks=24,
     checked_tokens=(1, 5, 300),
     checked_linear=(11008, 4096),
     cold_bytes=256 * 2**20,

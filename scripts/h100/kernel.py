@@ -7,6 +7,8 @@ before may hang or end its process's GPU context, and the other parts are to be 
 import json
 import multiprocessing
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from h100.common import (
     compiled_in_parallel,
     filled,
     floor_seconds,
-    free_memory,
     markdown,
     on_gpu,
     ratio_text,
@@ -30,37 +31,56 @@ from h100.common import (
     time_text,
 )
 
-from fpq_jax import QuantSpec, dequantize, quantize_array
+from fpq_jax import QTensor, QuantSpec, dequantize, quantize_array
 from fpq_jax.kernels import Fragments, fragments, matmul, of_fragments
 from fpq_jax.kernels._fragments import group_length
 from fpq_jax.kernels._schedule import schedule_for
 
 LINEARS = ("bf16", "W4A8 load", "W4A8 kernel", "W4A8 kernel alone", "torch bf16", "torch scaled_mm")
-MODELS = ("bf16", "W4A8 load", "W4A8 kernel")
+MODELS = ("W4A8 kernel", "bf16")  # the others are in the part generation
 TILES = ((2, 8), (2, 4), (4, 4), (4, 3))  # (warpgroups, steps in flight) to choose from for _schedule.py
 _FORMATS = ("e2m1", "e3m0", "int4")
 _GROUPS = (256, 64, 32, 128, 512, 96, "channel")
 _BOUND = 2**-10  # of the sum of magnitudes; the tensor core drops what is below 2^-13 of the largest that it adds
 _ENDS = 10  # seconds that a process is given to end by itself
+Write = Callable[[list[dict[str, Any]]], None]
 
 
 def run(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         file.touch()
-        arguments = (file, sizes, max(clock.left() - 2 * _ENDS, 1), ceilings)
-        process = multiprocessing.get_context("spawn").Process(target=_inside, args=arguments)
+        inside = replace(clock, part_ends=time.perf_counter() + clock.left() - _ENDS) if on_gpu() else clock
+        process = multiprocessing.get_context("spawn").Process(
+            target=_process, args=(_inside, file, sizes, inside, ceilings)
+        )
         process.start()
-        process.join(clock.left() - _ENDS if on_gpu() else None)
+        process.join(clock.left() if on_gpu() else None)
         note = f"its process ended with {process.exitcode}"
         if process.is_alive():
             process.kill()
-            process.join()
+            process.join(_ENDS)
             note = "it did not come to its end, and was stopped"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-    if note != "its process ended with 0":
-        rows.append({"check": "the kernel", "value": None, "passed": False, "note": note})
-    return rows
+        *rows, last = file.read_text().split("\n")
+    found = [json.loads(row) for row in rows]  # one that was being written does not count
+    if note != "its process ended with 0" or last:
+        found.append({"check": "the kernel", "value": None, "passed": False, "note": note})
+    return found
+
+
+def _process(inside: Callable[..., None], file: Path, *arguments: Any) -> None:
+    """In a process of its own; a row for each result, and one for what goes wrong."""
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        with file.open("a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+
+    try:
+        inside(write, *arguments)
+    except Exception as error:
+        write(
+            [{"check": "the kernel", "value": None, "passed": False, "note": f"{type(error).__name__}: {error}"[:500]}]
+        )
 
 
 def predictions(sizes: Sizes) -> list[dict[str, Any]]:
@@ -88,7 +108,7 @@ def _linears_table(rows: list[dict[str, Any]]) -> str:
     lines: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault((row["model"], row["linear"], row["tokens"]), {})[row["variant"]] = row
-    header = ["model", "linear", "tokens", "packed bytes", *LINEARS, "load / kernel", "bf16 / kernel"]
+    header = ["model", "linear", "tokens", "floor, packed", *LINEARS, "load / kernel", "bf16 / kernel"]
     header.append("alone, of bandwidth")
     cells = []
     for at, found in lines.items():
@@ -126,22 +146,12 @@ def _model_cases(sizes: Sizes) -> list[generation.Case]:
     ]
 
 
-def _inside(file: Path, sizes: Sizes, seconds: float, ceilings: dict[str, float]) -> None:
-    """In the process of its own."""
-    clock = Clock(seconds)
-
-    def write(rows: list[dict[str, Any]]) -> None:
-        with file.open("a") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
-
-    for seed in range(sizes.kernel_checks):
-        write([_check(seed)])
-    clock.start_part(0.4 * seconds)
+def _inside(write: Write, sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> None:
+    write(_checks(sizes.kernel_checks))
     config = generation.config_of(sizes)
     for variant in MODELS:
         cases = [case for case in _model_cases(sizes) if case.variant == variant]
         write(generation.measured(config, variant, cases, sizes, clock, ceilings))
-    clock.start_part(seconds)
     for rows in linears.measured(_linear_cases(sizes), sizes, clock, ceilings):
         write(rows)
     shapes = next(iter(linears.shapes_of(sizes).values()))
@@ -162,7 +172,8 @@ def _tiles(
         tokens, (warpgroups, stages) = job
         s = schedule_for(tokens, *shape, group_length(spec, shape[0]))
         s = replace(s, warpgroups=warpgroups, stages=min(stages, s.stages))
-        multiply = jax.jit(lambda xs, ws: [matmul(x, w, s) for x, w in zip(xs, ws, strict=True)])
+        one = jax.jit(lambda x, w: matmul(x, w, s))  # traced once for all pairs
+        multiply = jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
         return multiply.lower([codes(tokens)] * count, weights).compile()
 
     codes = lambda tokens: filled(jax.ShapeDtypeStruct((tokens, shape[0]), jnp.float8_e4m3fn))
@@ -195,43 +206,60 @@ def _tiles_table(rows: list[dict[str, Any]]) -> str:
     return markdown(header, cells)
 
 
-def _check(seed: int) -> dict[str, Any]:
-    """One product of random shape, format, groups and exponents against float64, on poisoned memory."""
+def _checks(count: int) -> list[dict[str, Any]]:
+    """Products of random shapes, formats, groups, codes and exponents against float64, on poisoned memory."""
+    jobs = [_problem(seed) for seed in range(count)]
+    rows = [_nothing_is_poisoned()] if on_gpu() else []
+    for (x, f), program in compiled_in_parallel(jobs, lambda job: jax.jit(matmul).lower(*job).compile()):
+        what = f"{len(x)} x {f.shape[0]} x {f.shape[1]}, {f.spec.format} in groups of {f.spec.group_size} "
+        row: dict[str, Any] = {"check": what + (f.spec.constraint or "free"), "bound": _BOUND}
+        if isinstance(program, Exception):
+            rows.append(row | {"value": None, "passed": False, "note": f"{type(program).__name__}: {program}"[:200]})
+            continue
+        _poison()
+        y = np.asarray(program(x, f), np.float64)
+        q = of_fragments(jax.device_put(f, jax.devices("cpu")[0]))
+        y = y if q.row_scale is None else y * np.asarray(q.row_scale, np.float64).T
+        codes, weight = np.asarray(x, np.float64), np.asarray(dequantize(q), np.float64)
+        worst = float(np.max(np.abs(y - codes @ weight) / (np.abs(codes) @ np.abs(weight)).clip(1e-30)))
+        wrong = {} if np.isfinite(worst) else {"note": "not a number"}
+        rows.append(row | {"value": None if wrong else worst, "passed": worst <= _BOUND} | wrong)
+    return rows
+
+
+def _problem(seed: int) -> tuple[jax.Array, Fragments]:
     rng = np.random.default_rng(seed)
-    tokens = int(rng.choice([1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 50, 64, 100, 128, 200]))
     k, n = (int(size) for size in rng.integers(1, [3000, 1500]))
     constraint = [None, "m1", "m2"][seed % 3]
-    spec = QuantSpec(
-        format=_FORMATS[seed // 3 % 3], group_size=_GROUPS[int(rng.integers(len(_GROUPS)))], constraint=constraint
-    )
-    w = rng.standard_normal((k, n)) * np.exp2(rng.integers(-5, 6, (k, 1)))
-    f = jax.jit(lambda w: fragments(quantize_array(w, spec)))(jnp.asarray(w, jnp.float32))
-    x = jnp.asarray(rng.standard_normal((tokens, k)), jnp.float32).astype(jnp.float8_e4m3fn)
-    multiply = jax.jit(matmul).lower(x, f).compile()
-    jax.block_until_ready((x, f))
-    _poison()
-    y = multiply(x, f)
-    found = np.asarray(y if f.row_scale is None else y * f.row_scale.T, np.float64)
-    weight = np.asarray(dequantize(of_fragments(_on_cpu(f))), np.float64)
-    expected = np.asarray(x, np.float64) @ weight
-    scale = np.abs(np.asarray(x, np.float64)) @ np.abs(weight)
-    worst = float(np.max(np.abs(found - expected) / scale.clip(1e-30)))
-    what = f"{tokens} x {k} x {n}, {spec.format} in groups of {spec.group_size} {constraint or 'free'}"
-    if not np.isfinite(worst):
-        return {"check": what, "value": None, "bound": _BOUND, "passed": False, "note": "not a number"}
-    return {"check": what, "value": worst, "bound": _BOUND, "passed": worst <= _BOUND}
-
-
-def _on_cpu(f: Fragments) -> Fragments:
-    return jax.device_put(f, jax.devices("cpu")[0])
+    group = _GROUPS[int(rng.integers(len(_GROUPS)))]
+    spec = QuantSpec(format=_FORMATS[seed // 3 % 3], group_size=group, constraint=constraint)
+    scale = lambda *shape: (0.01 * np.exp2(rng.uniform(-3, 3, shape))).astype(np.float32)
+    parts: dict[str, Any] = {"row_scale": scale(n, 1)}
+    if (groups := spec.num_groups(k)) > 1 and constraint:
+        parts["exponents"] = rng.integers(-5, 4, (n, groups)).astype(np.int8)
+    elif groups > 1:
+        parts = {"group_scale": scale(n, groups)}
+    packed = rng.integers(0, 256, (n, -(-k // 2))).astype(np.uint8)
+    f = jax.jit(fragments)(QTensor(packed, **parts, spec=spec, shape=(k, n)))
+    tokens = int(rng.choice([1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 50, 64, 100, 128, 200]))
+    return jnp.asarray(rng.standard_normal((tokens, k)), jnp.float32).astype(jnp.float8_e4m3fn), f
 
 
 def _poison() -> None:
     """NaN in what is free of the device's memory, from where results get theirs."""
-    if not on_gpu():
-        return
-    sizes = [2**i for i in range(8, 28)]
-    full = jax.jit(lambda size: jnp.full(size, jnp.nan, jnp.float32), static_argnums=0)
-    arrays = jax.block_until_ready([full(size) for size in sizes])
-    del arrays
-    free_memory()
+    if on_gpu():
+        jax.block_until_ready([_nans(2**i) for i in range(10, 28, 2)])
+
+
+_nans = jax.jit(lambda size: jnp.full(size, jnp.nan, jnp.float32), static_argnums=0)
+
+
+def _nothing_is_poisoned() -> dict[str, Any]:
+    """A kernel that writes nothing finds the poison; otherwise the checks would not see what is left unwritten."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    nothing = plgpu.kernel(lambda out: None, out_type=jax.ShapeDtypeStruct((1000, 1000), jnp.float32))
+    program = jax.jit(nothing).lower().compile()
+    _poison()
+    share = float(np.isnan(np.asarray(program())).mean())
+    return {"check": "memory is poisoned", "value": 1 - share, "bound": 0.0, "passed": share == 1}

@@ -35,7 +35,9 @@ class Compiler(Instructions):
         operands = operands[1:] if has_state else operands
         address = self.address(operands[0])
         amount = self.source(operands[1] if len(operands) > 1 else "1", "u32")
-        if action not in ("init", "arrive", "expect_tx", "complete_tx", "inval") or "noComplete" in parts:
+        if action not in ("init", "arrive", "expect_tx", "complete_tx", "inval") or {"noComplete", "relaxed"} & set(
+            parts
+        ):
             raise self.unknown()
 
         def execute(warp: Warp, mask: Mask) -> None:
@@ -48,7 +50,7 @@ class Compiler(Instructions):
                     if place % 8 or not 0 < number < 1 << 20 or place in block.barriers:
                         raise KernelError("initializes an mbarrier twice, misaligned or with a wrong count")
                     block.write(bytes_, np.uint8(0xFF), BARRIER)
-                    block.barriers[place] = MemoryBarrier(number, number)
+                    block.barriers[place] = MemoryBarrier(number, number, warp.index)
                     continue
                 barrier = block.barrier(place)
                 phases[lane] = barrier.phase

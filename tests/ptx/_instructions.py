@@ -18,6 +18,7 @@ from ptx._values import (
     LANE,
     LANES,
     PARAMETER_BASE,
+    REGISTERS,
     SHARED_WINDOW,
     UNFENCED,
     VISIBLE,
@@ -170,15 +171,28 @@ class Instructions(Operands):
         return execute
 
     def op_setmaxnreg(self, parts: list[str], operands: list[str]) -> Execute:
-        return lambda warp, mask: None
+        count = int(operands[0])
 
-    op_prefetch = op_setmaxnreg
+        def execute(warp: Warp, mask: Mask) -> None:
+            allotted = warp.block.allotted
+            allotted[warp.index] = count
+            wanted = LANES * sum(allotted.values())
+            if count % 8 or not 24 <= count <= 256 or wanted > REGISTERS:
+                raise KernelError(f"setmaxnreg to {count}: {wanted} registers of {REGISTERS}")
+
+        return execute
+
+    def op_prefetch(self, parts: list[str], operands: list[str]) -> Execute:
+        return lambda warp, mask: None
 
     def op_fence(self, parts: list[str], operands: list[str]) -> Execute:
         if parts[0] == "proxy" and not parts[1].startswith("async"):
             raise self.unknown()
 
         def execute(warp: Warp, mask: Mask) -> None:
+            if parts[0] == "mbarrier_init":
+                for barrier in warp.block.barriers.values():
+                    barrier.fenced |= barrier.warp == warp.index
             if parts[0] == "proxy":
                 warp.block.state[warp.block.state == UNFENCED + warp.index] = VISIBLE
 

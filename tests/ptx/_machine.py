@@ -158,6 +158,7 @@ class Block:
         self.warps = [Warp(self, index) for index in range(self.program.warps)]
         self.products: list[list[Product]] = [[] for _ in range(-(-self.program.warps // 4))]
         self.multiplied = [0] * len(self.products)
+        self.allotted: dict[int, int] = {}  # registers of a lane by warp, as setmaxnreg has them
         self.elected = generator.randrange(LANES)
 
     def check(self, address: np.ndarray) -> None:
@@ -195,7 +196,8 @@ class Block:
             raise KernelError(f"the destination {destination} of a TMA load is not a multiple of 128 bytes")
         if len(coordinates) != len(tensor.box):
             raise KernelError(f"{len(coordinates)} coordinates for a tensor map of rank {len(tensor.box)}")
-        self.barrier(barrier)
+        if not self.barrier(barrier).fenced:
+            raise KernelError("a TMA load on an mbarrier without a fence.mbarrier_init behind its initialization")
         data = tensor.read(coordinates)
         inner = tensor.box[-1] * tensor.itemsize
         if tensor.swizzle != 16 and inner != tensor.swizzle:

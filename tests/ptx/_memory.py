@@ -71,10 +71,13 @@ def swizzled(address: np.ndarray, swizzle: int) -> np.ndarray:
 
 @dataclass
 class MemoryBarrier:
-    """An mbarrier: a phase ends when no arrivals are pending and all expected bytes have come."""
+    """An mbarrier: a phase ends when no arrivals are pending and all expected bytes have come. fenced: whether the warp
+    that initialized it has made that visible to copies."""
 
     count: int
     pending: int
+    warp: int
+    fenced: bool = False
     bytes: int = 0
     phase: int = 0
 

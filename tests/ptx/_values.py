@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptx._machine import Warp
 
 LANES = 32
+REGISTERS = 65_536  # of a processor
 SHARED_BASE = 1024  # the first KiB belongs to the system on Hopper, so that no valid shared address is 0
 SHARED_WINDOW = 1 << 56  # generic addresses of shared memory start here
 PARAMETER_BASE = 1 << 60
