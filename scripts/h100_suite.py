@@ -79,6 +79,8 @@ def main(arguments: argparse.Namespace) -> int:
     console.print("measured ceilings:", {name: round(value, 1) for name, value in result["ceilings"].items()})
     failed = False
     for name in arguments.parts or PARTS:
+        # a part alone has all the time
+        clock.start_part(clock.seconds if len(arguments.parts) == 1 else PARTS[name].seconds)
         result[name], ok = _run_part(name, sizes, clock, result["ceilings"])
         failed |= not ok
         result["seconds"] = round(time.perf_counter() - clock.began, 1)
@@ -90,7 +92,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _run_part(name: str, sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> tuple[list[dict[str, Any]], bool]:
-    clock.start_part(PARTS[name].seconds)
     began = time.perf_counter()
     try:
         rows = PARTS[name].run(sizes, clock, ceilings)

@@ -7,11 +7,12 @@ that are added up afterwards, always in the same order.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 STEP = 256  # inputs of a unit
-MOST_TOKENS = 128  # where ``linear`` leaves the kernel: beyond, expanding the weight costs less than it saves
+MOST_TOKENS = 128  # for more of them ``linear`` expands the weight instead; not measured either
 H100_PROCESSORS = 132
 # tokens of a tile -> (warpgroups that multiply, steps in flight). Chosen by arithmetic (bytes in flight, registers,
 # shared memory), not measured: no GPU has run the kernel yet.
@@ -79,16 +80,16 @@ class Schedule:
         """Inputs that are summed up before their scale is applied."""
         return STEP if self.group is None else min(self.group, STEP)
 
-    def first_run(self, tile):
+    def first_run(self, tile: Any) -> Any:
         """The run that has a tile's first step; of ints or arrays of them, not negative."""
         return _divided(tile * self.steps, self.run)
 
-    def last_run(self, tile):
+    def last_run(self, tile: Any) -> Any:
         """The run that has a tile's last step."""
         return _divided(tile * self.steps + self.steps - 1, self.run)
 
 
-def _divided(a, b: int):
+def _divided(a: Any, b: int) -> Any:
     # arrays' floor division looks after signs
     return a // b if isinstance(a, int) else jax.lax.div(a, jax.numpy.full_like(a, b))
 

@@ -164,9 +164,9 @@ def _tiles(
 ) -> list[dict[str, Any]]:
     """The kernel alone with tiles that are not those of the table, for the first of the models."""
     spec, rows = QuantSpec(constraint="m2", group_size=sizes.group_size), []
-    stored = jax.eval_shape(lambda w: fragments(quantize_array(w, spec)), jax.ShapeDtypeStruct(shape, jnp.float32))
+    stored = jax.eval_shape(lambda w: quantize_array(w, spec), jax.ShapeDtypeStruct(shape, jnp.float32))
     count = int(np.clip(sizes.cold_bytes // (shape[0] * shape[1]), 2, 16))
-    weights = [filled(stored, 10 * i) for i in range(count)]
+    weights = [fragments(filled(stored, 10 * i)) for i in range(count)]
 
     def compile_(job: tuple[int, tuple[int, int]]) -> Any:
         tokens, (warpgroups, stages) = job
