@@ -44,7 +44,7 @@ def close(found, expected, bound=1e-6):
     assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("tokens", "name"), [*((1, name) for name in SPECS), (40, "m2"), (40, "free")])
+@pytest.mark.parametrize(("tokens", "name"), [*((1, name) for name in SPECS if name != "m2"), (40, "m2")])
 def test_a_product_is_what_float64_says(tokens, name):
     x, q = operands(tokens, 1100, 200, SPECS[name])
     close(linear(x, fragments(q)), exact(x, q))

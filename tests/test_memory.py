@@ -72,7 +72,7 @@ def quantize(
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process alone is Linux's")
 def test_peak_memory_is_flat_in_the_number_of_layers_and_as_estimated(tmp_path, text_file):
     peaks, sizes = {}, {}
-    for layers in (4, 16, 48):
+    for layers in (4, 40):
         sizes[layers] = write_random_model(tmp_path / f"m{layers}", layers, 384, 1024)
     recipe = write_recipe(tmp_path)
     quantize(tmp_path / "m4", text_file, tmp_path / "warm", recipe)  # compiles, which takes memory too
@@ -83,7 +83,7 @@ def test_peak_memory_is_flat_in_the_number_of_layers_and_as_estimated(tmp_path, 
         estimated = float(needed[0]) * {"MiB": 2**20, "GiB": 2**30}[needed[1]]
         assert 0.75 * peaks[layers] < estimated < 1.6 * peaks[layers], (estimated, peaks)
         (tmp_path / f"out{layers}").rename(tmp_path / f"kept{layers}")
-    assert sizes[48] - sizes[4] > 4 * 0.05 * peaks[4], "what a leak would hold must be far above the tolerance"
+    assert sizes[40] - sizes[4] > 4 * 0.05 * peaks[4], "what a leak would hold must be far above the tolerance"
     assert max(peaks.values()) < 1.05 * min(peaks.values()), peaks
 
 

@@ -29,6 +29,7 @@ class Sizes:
 
     models: dict[str, tuple[int, int, int, int]]
     tokens: tuple[int, ...]
+    routes: tuple[str, ...]  # of ROUTE_OPTIONS
     few_tokens: tuple[int, ...]  # of our own kernel
     kernel_checks: int
     checked_tokens: tuple[int, ...]
@@ -50,6 +51,7 @@ FULL = Sizes(
         "LLaMA-30B": (6656, 17920, 60, 32000),
     },
     tokens=(1, 16, 64, 256, 1024, 4096),
+    routes=("cublas", "triton"),
     few_tokens=(1, 2, 4, 8, 16, 32, 64, 128),
     kernel_checks=24,
     checked_tokens=(1, 5, 300),
@@ -66,6 +68,7 @@ FULL = Sizes(
 TINY = Sizes(
     models={"tiny": (128, 256, 2, 256)},
     tokens=(5,),
+    routes=("cublas",),
     few_tokens=(3,),
     kernel_checks=2,
     checked_tokens=(5,),

@@ -94,7 +94,7 @@ def cases(sizes: Sizes) -> list[Case]:
     found = []
     for i, (model, linears) in enumerate(shapes_of(sizes).items()):
         sample = sizes.tokens[:: max(1, len(sizes.tokens) // 3)]
-        for route in ("cublas", "triton"):
+        for route in sizes.routes:
             variants = (*VARIANTS, *(TORCH_VARIANTS if route == "cublas" else ()))
             for name, shape in linears.items():
                 for m in sizes.tokens:
