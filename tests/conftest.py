@@ -40,7 +40,9 @@ _ARRAYS = (
     "hessians",
     "transform",
 )
-install_import_hook([*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.models"], "beartype.beartype")
+install_import_hook(
+    [*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.kernels", "fpq_jax.models"], "beartype.beartype"
+)
 
 _MAPPINGS = 20_000
 

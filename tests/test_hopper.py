@@ -262,9 +262,11 @@ def test_a_prefill_with_our_own_kernels_weights_is_that_of_packed_ones():
 # kernels of one decoder layer on the cuBLAS route: a decode step of 16 rows, of one row, a prefill of 2,048 tokens
 KERNELS = {
     ("llama-7b", "bf16", 0): (14, 15, 13),
+    ("llama-7b", "w8a8", 0): (22, 22, 23),
     ("llama-7b", "w4a8", 0): (22, 22, 23),
     ("llama-7b", "w4a8", 8): (31, 31, 36),
     ("opt-6.7b", "bf16", 0): (12, 15, 11),
+    ("opt-6.7b", "w8a8", 0): (21, 21, 21),
     ("opt-6.7b", "w4a8", 0): (21, 21, 21),
     ("opt-6.7b", "w4a8", 8): (31, 31, 33),
 }

@@ -57,10 +57,6 @@ class Fragments:
         return tuple(self.words.shape[:-3])
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
     def input_zero(self) -> None:
         """FP8 activations have no zero point."""
         return None
@@ -136,7 +132,7 @@ def table(fmt: Format) -> np.ndarray:
 
 # eight codes to a word are eight times their size before they are one: not an array at a time
 @jax.jit
-def _words(codes: UInt8[Array, "out in"]) -> UInt32[Array, "tiles rows 128"]:
+def _words(codes: UInt8[Array, "out in"]) -> UInt32[Array, "tiles lines 128"]:
     codes = jnp.pad(codes, [(0, -size % BLOCK) for size in codes.shape])
     tiles, units = (size // BLOCK for size in codes.shape)
     # output: tile, w, h, r; input: unit, i, c, j
@@ -146,7 +142,7 @@ def _words(codes: UInt8[Array, "out in"]) -> UInt32[Array, "tiles rows 128"]:
     return words.reshape(tiles, 4 * units, 128)
 
 
-def _codes(words: UInt32[Array, "tiles rows 128"]) -> UInt8[Array, "outs ins"]:
+def _codes(words: UInt32[Array, "tiles lines 128"]) -> UInt8[Array, "outs ins"]:
     """The inverse of ``_words``, padded to whole blocks."""
     tiles, rows, _ = words.shape
     apart = words.reshape(tiles, rows // 4, 4, 8, 4, 4)[..., None, None]  # tile, unit, w, r, c, i, h, j

@@ -33,7 +33,7 @@ _SCALES = plgpu.Layout.WGMMA.reduce(1)  # one for each output of a warpgroup
 
 def partial_sums(
     x: Shaped[Array, "m k"],
-    words: UInt32[Array, "tiles rows 128"],
+    words: UInt32[Array, "tiles lines 128"],
     group_scale: Shaped[Array, "groups outs"] | None,
     table: np.ndarray,
     s: Schedule,

@@ -15,7 +15,7 @@ _LOW, _HIGH = np.uint32(0x77777777), np.uint32(0x80808080)
 
 def partial_sums(
     x: Shaped[Array, "m k"],
-    words: UInt32[Array, "tiles rows 128"],
+    words: UInt32[Array, "tiles lines 128"],
     group_scale: Shaped[Array, "groups outs"] | None,
     table: np.ndarray,
     s: Schedule,
@@ -74,7 +74,7 @@ def _scale(group_scale: Array | None, start: Array, s: Schedule) -> Array | floa
     return power_of_two(found) if found.dtype == jnp.int8 else found
 
 
-def _values(words: UInt32[Array, "tiles rows 128"], table: np.ndarray) -> Float[Array, "outs ins"]:
+def _values(words: UInt32[Array, "tiles lines 128"], table: np.ndarray) -> Float[Array, "outs ins"]:
     """The numbers of the words, by the kernel's own steps: masks and table."""
     tiles, rows, _ = words.shape
     nibbles = words & _LOW

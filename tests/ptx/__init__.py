@@ -11,8 +11,8 @@ from Mosaic's MLIR dump what the host passes to the kernel.
 
 from ptx._machine import run
 from ptx._memory import TensorMap
-from ptx._mosaic import launch, tensor_maps
+from ptx._mosaic import launch
 from ptx._parse import parse
 from ptx._values import KernelError
 
-__all__ = ["KernelError", "TensorMap", "launch", "parse", "run", "tensor_maps"]
+__all__ = ["KernelError", "TensorMap", "launch", "parse", "run"]

@@ -32,11 +32,6 @@ class Launch:
         return bound
 
 
-def tensor_maps(mlir: str) -> list[TensorMap]:
-    """Every mosaic_gpu_init_tma_desc of an MLIR dump, in the order of the descriptors."""
-    return [tensor for argument in launch(mlir).arguments if isinstance(argument, list) for tensor in argument]
-
-
 def launch(mlir: str) -> Launch:
     """Evaluate the host function, as the last pass before gpu.launch_func is lowered has it.
 
