@@ -6,10 +6,16 @@ from pathlib import Path as _Path
 if not _Path(__file__).with_name("models").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
-from fpq_jax._activations import quantize_tokens
-from fpq_jax._checkpoint import load, save
+from fpq_jax._algorithms.gptq import gptq, gptq_with_stats
+from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.recipe import Recipe
+from fpq_jax._algorithms.statistics import hessian
+from fpq_jax._checkpoints.load_save import load, save
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import (
+from fpq_jax._generation.generator import Generated, Generator, Sampling
+from fpq_jax._matmul.linear import linear
+from fpq_jax._numerics.activations import quantize_tokens
+from fpq_jax._numerics.formats import (
     E2M1,
     E2M1_QTORCH,
     E3M0,
@@ -29,23 +35,14 @@ from fpq_jax._formats import (
     pack,
     unpack,
 )
-from fpq_jax._generation import Generated, Generator, Sampling
-from fpq_jax._gptq import gptq, gptq_with_stats, hessian
-from fpq_jax._hessians import Hessians, collect_hessians
-from fpq_jax._hopper import compile_for_hopper, hopper
-from fpq_jax._linear import linear
-from fpq_jax._lorc import lorc
-from fpq_jax._mesh import make_mesh
-from fpq_jax._perplexity import Perplexity, perplexity
-from fpq_jax._program import Kernel, Program
-from fpq_jax._qtensor import Axes, LowRank, QTensor, dequantize, expand, quantize_array
-from fpq_jax._quantized import quantized
-from fpq_jax._recipe import Recipe
-from fpq_jax._select import Use
-from fpq_jax._spec import QuantSpec
-from fpq_jax._text import text_windows
-from fpq_jax._training import combine, partition, straight_through
-from fpq_jax._transform import (
+from fpq_jax._numerics.qtensor import Axes, LowRank, QTensor, dequantize, expand, quantize_array
+from fpq_jax._numerics.spec import QuantSpec
+from fpq_jax._pipeline.perplexity import Perplexity, perplexity
+from fpq_jax._pipeline.text import text_windows
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax._transform.find_kernels import find_kernels
+from fpq_jax._transform.hessians import Hessians, collect_hessians
+from fpq_jax._transform.params import (
     TreeReport,
     dequantize_params,
     expand_params,
@@ -53,8 +50,10 @@ from fpq_jax._transform import (
     quantize_params,
     quantize_params_with_report,
 )
-from fpq_jax._uses import find_kernels
-from fpq_jax.models import prepare
+from fpq_jax._transform.quantized import quantized
+from fpq_jax._transform.selection import Use
+from fpq_jax._transform.training import combine, partition, straight_through
+from fpq_jax.models.prepare import prepare
 
 __all__ = [
     "E2M1",
@@ -75,10 +74,8 @@ __all__ = [
     "Generated",
     "Generator",
     "Hessians",
-    "Kernel",
     "LowRank",
     "Perplexity",
-    "Program",
     "QTensor",
     "QuantSpec",
     "Recipe",
@@ -88,7 +85,6 @@ __all__ = [
     "cast",
     "collect_hessians",
     "combine",
-    "compile_for_hopper",
     "decode",
     "dequantize",
     "dequantize_params",
@@ -99,7 +95,6 @@ __all__ = [
     "gptq",
     "gptq_with_stats",
     "hessian",
-    "hopper",
     "linear",
     "load",
     "lorc",

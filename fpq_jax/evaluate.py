@@ -7,19 +7,20 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from fpq_jax._atomic import write_json
-from fpq_jax._checkpoint import abstract_leaves, open_model, resolve_model
-from fpq_jax._console import console, join_processes, run_command
-from fpq_jax._demo import is_demo
+from fpq_jax._checkpoints.demo import is_demo
+from fpq_jax._checkpoints.sources import abstract_leaves, open_model, resolve_model
 from fpq_jax._errors import check_at_least
-from fpq_jax._evaluation import perplexities_of, texts_of
-from fpq_jax._generation import KvCache
-from fpq_jax._layerwise import BATCH_TOKENS, CacheShape
-from fpq_jax._mesh import is_first, parse_mesh
-from fpq_jax._report import VERSION, environment, shortened, size_text
-from fpq_jax._residency import Residency, check_any_for_kernel, check_residency
-from fpq_jax._text import check_spec
-from fpq_jax.kernels import notice
+from fpq_jax._generation.generator import KvCache
+from fpq_jax._matmul.fp4_kernel.matmul import notice
+from fpq_jax._matmul.weight_layouts import Residency, check_any_for_kernel, check_residency
+from fpq_jax._pipeline.batches import BATCH_TOKENS
+from fpq_jax._pipeline.evaluation import perplexities_of, texts_of
+from fpq_jax._pipeline.report import VERSION, environment
+from fpq_jax._pipeline.text import check_spec
+from fpq_jax._support.console import console, join_processes, run_command, shortened, size_text
+from fpq_jax._support.files import write_json
+from fpq_jax._support.mesh import is_first, parse_mesh
+from fpq_jax.models.kv_cache import CacheShape
 
 
 @dataclass(frozen=True, kw_only=True)

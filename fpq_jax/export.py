@@ -5,19 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpq_jax._adapter import FOLDER
-from fpq_jax._checkpoint import open_model, resolve_model
-from fpq_jax._compressed_tensors import FORMATS
-from fpq_jax._console import console, progress, run_command
+from fpq_jax._checkpoints.export import Export, FormatName, plan
+from fpq_jax._checkpoints.sources import open_model, resolve_model
 from fpq_jax._errors import FpqError, check_at_least
-from fpq_jax._evaluation import perplexities_of, texts_of
-from fpq_jax._export import Export, FormatName, plan
-from fpq_jax._mesh import make_mesh
-from fpq_jax._output import check_output, new_directory
-from fpq_jax._report import shortened, size_text
-from fpq_jax._safetensors import parse_size
-from fpq_jax._text import Windows, check_spec
-from fpq_jax.models import part_names
+from fpq_jax._pipeline.evaluation import perplexities_of, texts_of
+from fpq_jax._pipeline.text import Windows, check_spec
+from fpq_jax._storage.compressed_tensors import FORMATS
+from fpq_jax._storage.lora_adapter import FOLDER
+from fpq_jax._storage.safetensors_writer import parse_size
+from fpq_jax._support.console import console, progress, run_command, shortened, size_text
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax._support.new_directory import check_output, new_directory
+from fpq_jax.models.parameters import part_names
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes
 

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpq_jax._checkpoint import load, resolve_model
-from fpq_jax._console import console, join_processes, run_command
+from fpq_jax._checkpoints.load_save import load
+from fpq_jax._checkpoints.sources import resolve_model
 from fpq_jax._errors import FpqError, check_at_least
-from fpq_jax._generation import Generator, KvCache, Sampling
-from fpq_jax._mesh import parse_mesh
-from fpq_jax._report import size_text
-from fpq_jax._residency import Residency
-from fpq_jax._text import load_tokenizer
-from fpq_jax._tree import stored_bytes
-from fpq_jax.kernels import notice
-from fpq_jax.models import params_of
+from fpq_jax._generation.generator import Generator, KvCache, Sampling
+from fpq_jax._matmul.fp4_kernel.matmul import notice
+from fpq_jax._matmul.weight_layouts import Residency
+from fpq_jax._pipeline.text import load_tokenizer
+from fpq_jax._support.console import console, join_processes, run_command, size_text
+from fpq_jax._support.mesh import parse_mesh
+from fpq_jax._support.trees import stored_bytes
+from fpq_jax.models.parameters import params_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,21 +9,20 @@ from typing import Any, Literal
 import jax
 import yaml
 
-from fpq_jax._atomic import write_json
-from fpq_jax._checkpoint import copy_sidecars, write_manifest
-from fpq_jax._compressed_tensors import can_hold
-from fpq_jax._console import console, join_processes, run_command
+from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, Recipe
+from fpq_jax._checkpoints.model_folder import copy_sidecars, write_manifest
+from fpq_jax._checkpoints.run_progress import is_placed, remove_progress, unfinished_folder
 from fpq_jax._errors import FpqError
-from fpq_jax._job import Job
-from fpq_jax._layerwise import BATCH_TOKENS
-from fpq_jax._linear import product_kind
-from fpq_jax._mesh import is_first, parse_mesh
-from fpq_jax._output import check_output
-from fpq_jax._qtensor import QTensor
-from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
-from fpq_jax._report import shortened, size_text
-from fpq_jax._tree import Flat
-from fpq_jax._unfinished import is_placed, remove_progress, unfinished_folder
+from fpq_jax._matmul.products import product_kind
+from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._pipeline.batches import BATCH_TOKENS
+from fpq_jax._pipeline.job import Job
+from fpq_jax._storage.compressed_tensors import can_hold
+from fpq_jax._support.console import console, join_processes, run_command, shortened, size_text
+from fpq_jax._support.files import write_json
+from fpq_jax._support.mesh import is_first, parse_mesh
+from fpq_jax._support.new_directory import check_output
+from fpq_jax._support.trees import Flat
 
 _DEMO_OUTPUT = Path("fpq-demo")
 _MAX_FALLBACKS = 0.1  # share of Linears for which GPTQ could not run before the command reports failure

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from fpq_jax.models._cache import attend
-from fpq_jax.models._convert import check_counts
-from fpq_jax.models._decoder import Decoder
-from fpq_jax.models._layers import Block, Embedding, Linear, RMSNorm, pad_rows, rotate, split_heads
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
+from fpq_jax.models.config import check_counts
+from fpq_jax.models.decoder import Decoder
+from fpq_jax.models.kv_cache import attend
+from fpq_jax.models.layers import Block, Embedding, Linear, RMSNorm, pad_rows, rotate, split_heads
 
 
 @dataclass(frozen=True, kw_only=True)

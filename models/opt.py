@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 import jax
 from flax import nnx
-from fpq_jax.models._cache import attend
-from fpq_jax.models._convert import check_counts
-from fpq_jax.models._decoder import Decoder
-from fpq_jax.models._layers import Block, Embedding, LayerNorm, Linear, pad_rows, split_heads
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
+from fpq_jax.models.config import check_counts
+from fpq_jax.models.decoder import Decoder
+from fpq_jax.models.kv_cache import attend
+from fpq_jax.models.layers import Block, Embedding, LayerNorm, Linear, pad_rows, split_heads
 
 _POSITION_OFFSET = 2  # the first two rows of the table belong to fairseq's padding and are never used
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nnx.relu, "gelu": partial(nnx.gelu, approximate=False)}

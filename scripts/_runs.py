@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fpq_jax._atomic import write_json
-from fpq_jax._console import console
+from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._errors import FpqError
-from fpq_jax._job import Job
-from fpq_jax._recipe import Recipe
+from fpq_jax._pipeline.job import Job
+from fpq_jax._support.console import console
+from fpq_jax._support.files import write_json
 
 
 class Runs:

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpq_jax._formats import E2M1
-from fpq_jax._gptq import gptq_with_stats, output_error
-from fpq_jax._qtensor import dequantize
-from fpq_jax._spec import QuantSpec
+from fpq_jax._algorithms.gptq import gptq_with_stats
+from fpq_jax._algorithms.output_error import output_error
+from fpq_jax._numerics.formats import E2M1
+from fpq_jax._numerics.qtensor import dequantize
+from fpq_jax._numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,19 +16,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fpq_jax.models
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fpq_jax.models import Llama, abstract_model, open_checkpoint, params_of
 from safetensors.numpy import save_file
 
-from fpq_jax._console import console, run_command
-from fpq_jax._lorc import OVERSAMPLING, POWER_ITERATIONS
-from fpq_jax._mesh import make_mesh
-from fpq_jax._parts import PartsWriter
-from fpq_jax._pipeline import quantize_checkpoint
-from fpq_jax._recipe import DEFAULT_RECIPE, Recipe
+from fpq_jax._algorithms.lorc import OVERSAMPLING, POWER_ITERATIONS
+from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, Recipe
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.quantize_layers import quantize_checkpoint
+from fpq_jax._storage.orbax_parts import PartsWriter
+from fpq_jax._support.console import console, run_command
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax.models.llama import Llama
+from fpq_jax.models.parameters import abstract_model, params_of, to_hf_tensors
 
 STAGES = ("read", "hessians", "gptq", "lorc", "errors", "forward", "write")
 # dense peaks of an H100 SXM by its datasheet; float32 has no tensor cores there
@@ -125,7 +126,7 @@ def measure(options: Options, shape: Shape) -> dict[str, float]:
     windows = np.random.default_rng(0).integers(0, 256, (options.num_samples, options.seq_len))
     stages: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = open_checkpoint(write_random_llama(Path(folder), shape))
+        checkpoint = HfCheckpoint(write_random_llama(Path(folder), shape))
         writer = PartsWriter(Path(folder) / "out")
         # the last layer runs no forward behind it
         for part in quantize_checkpoint(checkpoint, recipe, windows, jnp.float32, make_mesh()):
@@ -213,7 +214,7 @@ def write_random_llama(folder: Path, shape: Shape) -> Path:
         path: rng.standard_normal(leaf.shape, np.float32) * (0.02 if leaf.ndim > 1 else 0.1) + (leaf.ndim == 1)
         for path, leaf in params_of(abstract_model(Llama, Llama.Config.from_hf(config))).items()
     }
-    save_file(fpq_jax.models.to_hf_tensors(Llama, params), folder / "model.safetensors")
+    save_file(to_hf_tensors(Llama, params), folder / "model.safetensors")
     return folder
 
 

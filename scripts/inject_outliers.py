@@ -16,15 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fpq_jax.models import HfCheckpoint, Llama, Opt, abstract_model, to_hf_tensors, with_params
 from safetensors.numpy import save_file
 
-from fpq_jax._checkpoint import copy_sidecars, open_original, resolve_model
-from fpq_jax._console import console, run_command
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._checkpoints.model_folder import copy_sidecars
+from fpq_jax._checkpoints.sources import open_original, resolve_model
 from fpq_jax._errors import FpqError
-from fpq_jax._linear import Observed
-from fpq_jax._output import check_output, new_directory
-from fpq_jax._tree import Flat
+from fpq_jax._matmul.linear import Observed
+from fpq_jax._support.console import console, run_command
+from fpq_jax._support.new_directory import check_output, new_directory
+from fpq_jax._support.trees import Flat
+from fpq_jax.models.llama import Llama
+from fpq_jax.models.opt import Opt
+from fpq_jax.models.parameters import abstract_model, to_hf_tensors, with_params
 
 _NORMS = {
     Llama: r"layers\.\d+\.(input|post_attention)_layernorm\.scale",

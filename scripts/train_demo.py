@@ -4,8 +4,8 @@
 
 Text: WikiText-2 train, the C4 sample (all but its last tenth) and CPython's documentation (pydoc topics and the
 docstrings of the standard library). Validation: WikiText-2 validation, that last tenth, and the topics that
-``fpq_jax._demo`` holds back. Started again with the same --work-dir it goes on from the last checkpoint, also to more
---steps than before, under their schedule.
+``fpq_jax._checkpoints.demo`` holds back. Started again with the same --work-dir it goes on from the last checkpoint,
+also to more --steps than before, under their schedule.
 """
 
 import ast
@@ -26,14 +26,15 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
-from fpq_jax.models import model_class_of, params_of, to_hf_tensors
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.flax import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fpq_jax._demo import demo_topics
-from fpq_jax._perplexity import perplexity
+from fpq_jax._checkpoints.demo import demo_topics
+from fpq_jax._pipeline.perplexity import perplexity
+from fpq_jax.models.parameters import params_of, to_hf_tensors
+from fpq_jax.models.registry import model_class_of
 
 LENGTH = 512
 _COMMON = {

@@ -20,28 +20,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # where arrays are handled; specs and recipes check what they are given themselves, and are tested with nonsense
-_ARRAYS = (
-    "calibration",
-    "layerwise",
-    "pipeline",
-    "solve",
-    "formats",
-    "scales",
-    "qtensor",
-    "gptq",
-    "lorc",
-    "linear",
-    "text",
-    "perplexity",
-    "generation",
-    "walk",
-    "quantized",
-    "uses",
-    "hessians",
-    "transform",
-)
+_CHECKED = {
+    "_numerics": ("formats", "scales", "qtensor", "activations"),
+    "_matmul": ("linear", "products", "fp4_kernel"),
+    "_algorithms": ("gptq", "lorc", "quantize_linears", "output_error", "statistics"),
+    "_generation": ("generator",),
+    "_transform": ("interpreter", "quantized", "find_kernels", "hessians", "params"),
+    "_pipeline": ("batches", "layerwise", "calibration", "quantize_layers", "text", "perplexity"),
+}
 install_import_hook(
-    [*(f"fpq_jax._{name}" for name in _ARRAYS), "fpq_jax.kernels", "fpq_jax.models"], "beartype.beartype"
+    [*(f"fpq_jax.{room}.{name}" for room, names in _CHECKED.items() for name in names), "fpq_jax.models"],
+    "beartype.beartype",
 )
 
 _MAPPINGS = 20_000
@@ -104,7 +93,9 @@ def random_tensors(config: dict, seed: int = 0, scale: float = 3.0) -> dict:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from fpq_jax.models import model_class_of, params_of, to_hf_tensors
+
+    from fpq_jax.models.parameters import params_of, to_hf_tensors
+    from fpq_jax.models.registry import model_class_of
 
     model_class = model_class_of(config)
     model = model_class(model_class.Config.from_hf(config), dtype=jnp.float32, rngs=nnx.Rngs(seed))
@@ -205,7 +196,8 @@ def hopper_compiler() -> None:
     """XLA's compiler for an H100. Elsewhere its tests are skipped, in CI (where CI is set) they must run."""
     import jax
 
-    from fpq_jax import FpqError, compile_for_hopper
+    from fpq_jax import FpqError
+    from fpq_jax.debug import compile_for_hopper
 
     try:
         compile_for_hopper(lambda x: x + 1, jax.ShapeDtypeStruct((4,), "float32"))
@@ -219,9 +211,10 @@ def abstract_quantized(config: dict, spec, *, rank: int = 0, expand: str = "load
     """A model of a configuration in bfloat16, its decoder Linears quantized, prepared; no memory is used."""
     import jax
     import jax.numpy as jnp
-    from fpq_jax.models import abstract_model, model_class_of, params_of, with_params
 
     from fpq_jax import lorc, prepare, quantize_array
+    from fpq_jax.models.parameters import abstract_model, params_of, with_params
+    from fpq_jax.models.registry import model_class_of
 
     known = {}
 

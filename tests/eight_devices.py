@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
 from flax import nnx
-from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, make_mesh, prepare, quantize_array, save
+from fpq_jax.models.parameters import params_of, with_params
 
 # key-value heads: LLaMA's 2, OPT's 4
 CONFIGS = {name: c | {"num_hidden_layers": 1} for name, c in (("llama", TINY_CONFIG), ("opt", OPT_CONFIG))}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E4M3, E5M2, INT8_ASYM, quantize_tokens
-from fpq_jax._activations import fake_quantize_tokens
+from fpq_jax._numerics.activations import fake_quantize_tokens
 
 
 def activations(tokens=(3, 5)):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fpq_jax.models._files import SafetensorsFile
 
 from fpq_jax import FpqError, QuantSpec, lorc, quantize_array
-from fpq_jax._adapter import AdapterWriter, low_rank_of, read_rank, tensor_names
+from fpq_jax._storage.lora_adapter import AdapterWriter, low_rank_of, read_rank, tensor_names
+from fpq_jax._storage.tensor_files import SafetensorsFile
 
 W = jax.random.normal(jax.random.key(0), (40, 24))
 PLAIN = quantize_array(W, QuantSpec(group_size=32, constraint="m2"))

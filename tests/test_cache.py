@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from fpq_jax.models._cache import LayerCache, attend
+
+from fpq_jax.models.kv_cache import LayerCache, attend
 
 H, K, C = 4, 2, 8
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import OPT_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, QuantSpec, load, lorc, quantize_array, save
-from fpq_jax._checkpoint import resolve_model
-from fpq_jax._output import check_output, new_directory
-from fpq_jax._tree import stored_bytes
+from fpq_jax._checkpoints.sources import resolve_model
+from fpq_jax._support.new_directory import check_output, new_directory
+from fpq_jax._support.trees import stored_bytes
+from fpq_jax.models.parameters import params_of, with_params
 
 SPECS = {
     "m2": QuantSpec(group_size=32, constraint="m2"),

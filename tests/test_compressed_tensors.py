@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import open_checkpoint, params_of
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, evaluate, quantize
-from fpq_jax._compressed_tensors import Fp8, Int4, Mxfp4, form_for
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4, form_for
+from fpq_jax.models.parameters import params_of
 
 CONFIG = {**TINY_CONFIG, "hidden_size": 128, "intermediate_size": 256}
 PRESETS = {"FP8_DYNAMIC": "float32", "FP8": "float32", "MXFP4A16": "bfloat16", "W4A16": "float32"}
@@ -105,8 +106,8 @@ def test_quantize_and_evaluate_take_them(preset, written, tmp_path, text_file):
     # what was quantized are the weights that the checkpoint stands for
     recorded = {row["name"]: row["rounding_error"] for row in json.loads(report.read_text())["layers"]}
     assert len(recorded) == 14 and all(error > 0 for error in recorded.values())
-    dense = open_checkpoint(folder).read_dense_part("layers.0", jnp.float32)
-    q = jax.tree.map(jnp.asarray, open_checkpoint(folder).read_part("layers.0", jnp.float32))
+    dense = HfCheckpoint(folder).read_dense_part("layers.0", jnp.float32)
+    q = jax.tree.map(jnp.asarray, HfCheckpoint(folder).read_part("layers.0", jnp.float32))
     for path, w in dense.items():
         np.testing.assert_array_equal(w, fpq.dequantize(q[path]) if isinstance(q[path], QTensor) else q[path])
 
@@ -168,4 +169,4 @@ def test_damaged_values_are_refused(preset, part, value, said, written, tmp_path
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(FpqError, match=f"{name} in .* holds {said}"):
-        open_checkpoint(tmp_path).digest()
+        HfCheckpoint(tmp_path).digest()

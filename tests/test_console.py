@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from fpq_jax import FpqError
-from fpq_jax._console import progress, run_command
+from fpq_jax._support.console import progress, run_command
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fpq_jax.models._decoder import Decoder
 
 from fpq_jax import load
+from fpq_jax.models.decoder import Decoder
 
 
 @pytest.mark.parametrize(("folder", "heads"), [("tiny_llama", 2), ("tiny_opt", 4)])

@@ -2,11 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fpq_jax.models import open_checkpoint
 
 from fpq_jax import FpqError
-from fpq_jax._checkpoint import resolve_model
-from fpq_jax._demo import demo_model_path, demo_topics, is_demo
+from fpq_jax._checkpoints.demo import demo_model_path, demo_topics, is_demo
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._checkpoints.sources import resolve_model
 
 
 def test_the_split_of_the_topics_is_whole_and_disjoint():
@@ -33,7 +33,7 @@ def test_a_python_without_topics_is_told_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize("model", ["demo-llama", "demo-opt"])
 def test_the_shipped_models_are_small_bfloat16_ones_with_several_groups_in_a_row(model):
-    checkpoint = open_checkpoint(demo_model_path(model))
+    checkpoint = HfCheckpoint(demo_model_path(model))
     assert is_demo(model) and checkpoint.config["model_type"] == model.removeprefix("demo-")
     assert checkpoint.dtype == "bfloat16"
     assert (checkpoint.folder / "model.safetensors").stat().st_size < 12e6

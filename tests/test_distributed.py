@@ -12,14 +12,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import params_of
 
 from fpq_jax import QTensor, load, unpack
+from fpq_jax.models.parameters import params_of
 
 ALL_COMMANDS = """
 import json, sys
 from fpq_jax import evaluate, generate, quantize
-from fpq_jax._console import run_command
+from fpq_jax._support.console import run_command
 for name, arguments in json.loads(sys.argv[1]):
     command = {"quantize": quantize, "evaluate": evaluate, "generate": generate}[name]
     sys.argv = [name, *arguments]

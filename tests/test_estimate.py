@@ -5,12 +5,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from fpq_jax.models import open_checkpoint
 
 from fpq_jax import FpqError, Recipe, make_mesh
-from fpq_jax._estimate import Estimate, estimate
-from fpq_jax._layerwise import Skeleton
-from fpq_jax._pipeline import linears
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.estimate import Estimate, estimate
+from fpq_jax._pipeline.quantize_layers import linears
+from fpq_jax.models.spec import Skeleton
 
 GIB = 2**30
 FITS = Estimate(host=3 * GIB, resident=GIB, per_window=GIB // 64, device=GIB, disk=GIB, windows=64,
@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_refused_with_what_would(changes, smallest, said):
 
 
 def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_llama):
-    checkpoint = open_checkpoint(tiny_llama)
+    checkpoint = HfCheckpoint(tiny_llama)
     skeleton = Skeleton(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
     recipe = Recipe.load("w4a8-fp-m2-lorc").with_lorc_rank(4)
     chosen = recipe.for_linears(linears(checkpoint).values())

@@ -6,9 +6,9 @@ import pytest
 from conftest import forward
 
 from fpq_jax import load, save
-from fpq_jax._console import run_command
-from fpq_jax._perplexity import perplexity
-from fpq_jax._text import evaluation_windows, load_tokenizer
+from fpq_jax._pipeline.perplexity import perplexity
+from fpq_jax._pipeline.text import evaluation_windows, load_tokenizer
+from fpq_jax._support.console import run_command
 from fpq_jax.evaluate import Options, main
 from fpq_jax.quantize import Options as QuantizeOptions
 from fpq_jax.quantize import main as quantize

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, forward, random_tensors, write_checkpoint
-from fpq_jax.models import open_checkpoint
 
 from fpq_jax import load, make_mesh
-from fpq_jax._evaluation import perplexities
-from fpq_jax._layerwise import CacheShape, Skeleton
-from fpq_jax._perplexity import perplexity
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.evaluation import perplexities
+from fpq_jax._pipeline.perplexity import perplexity
+from fpq_jax.models.kv_cache import CacheShape
+from fpq_jax.models.spec import Skeleton
 
 CONFIGS = {
     "llama": TINY_CONFIG,
@@ -28,7 +29,7 @@ def texts():
 
 
 def evaluate(folder, texts, **options):
-    checkpoint = open_checkpoint(folder)
+    checkpoint = HfCheckpoint(folder)
     skeleton = Skeleton(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
     read = lambda name: checkpoint.read_part(name, jnp.float32)
     return perplexities(skeleton, read, texts, make_mesh(), **options)
@@ -43,11 +44,11 @@ def test_as_in_memory(tmp_path, texts, name):
         expected = perplexity(forward, model, windows)
         assert found.values[text].value == pytest.approx(expected.value, rel=2e-5)
         assert found.values[text].tokens == expected.tokens == windows.size - len(windows)
-    assert found.weight_bytes == open_checkpoint(folder).nbytes
+    assert found.weight_bytes == HfCheckpoint(folder).nbytes
 
 
 def test_in_pieces_for_which_the_model_is_read_again(tiny_llama, texts, monkeypatch):
-    import fpq_jax._evaluation as evaluation
+    import fpq_jax._pipeline.evaluation as evaluation
 
     whole = evaluate(tiny_llama, texts, batch_tokens=64)
     monkeypatch.setattr(evaluation, "windows_at_once", lambda *a: 4)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import fpq_jax as fpq
-from fpq_jax._tree import named_leaves
+from fpq_jax._support.trees import named_leaves
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = sorted(f.stem for f in EXAMPLES.glob("*.py") if f.stem != "fine_tune")

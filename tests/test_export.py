@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import linear_name, params_of, with_params
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, QuantSpec, export
-from fpq_jax._atomic import folder_digests
-from fpq_jax._checkpoint import open_model
+from fpq_jax._checkpoints.sources import open_model
+from fpq_jax._support.files import folder_digests
+from fpq_jax.models.parameters import linear_name, params_of, with_params
 
 # of stories260K's shape: float32, shared key-value heads, 172 inputs, which groups of 32 do not divide; a real model
 # of a LLaMA's kind takes its place where this names one
@@ -64,7 +64,8 @@ def quantized(originals, tmp_path_factory):
 
 
 def write_sidecars(original, folder):
-    from fpq_jax._checkpoint import copy_sidecars, resolve_model
+    from fpq_jax._checkpoints.model_folder import copy_sidecars
+    from fpq_jax._checkpoints.sources import resolve_model
 
     copy_sidecars(resolve_model(original), folder)
 
@@ -226,7 +227,7 @@ def test_mxfp4_with_its_adapter(name, quantized, tmp_path):
 
 
 def _tensor(folder, suffix):
-    from fpq_jax.models._files import open_files
+    from fpq_jax._storage.tensor_files import open_files
 
     name, file = next((n, f) for n, f in open_files(folder).items() if n.endswith(suffix))
     return file.read(name)
@@ -393,7 +394,7 @@ def test_a_static_scale_that_is_missing_is_named(quantized, tmp_path):
 
 
 def test_a_full_disk_is_said_before_anything_is_written(quantized, tmp_path, monkeypatch):
-    import fpq_jax._export as module
+    import fpq_jax._checkpoints.export as module
 
     monkeypatch.setattr(module, "free_disk", lambda place: 1000)
     with pytest.raises(FpqError, match=r"The export takes [\d.]+ KiB and 1000 B are free; make room there"):
@@ -414,7 +415,7 @@ def test_scales_beyond_a_format_are_found_as_they_are_written(quantized, tmp_pat
 
 KILLED = """
 import os, signal, sys
-import fpq_jax._safetensors as s
+import fpq_jax._storage.safetensors_writer as s
 from fpq_jax import export
 write, left = s.TensorsWriter.write, [int(sys.argv[3])]
 def dying(self, name, values):

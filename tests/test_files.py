@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import open_checkpoint
-from fpq_jax.models._files import SafetensorsFile, TorchFile, open_files
 from safetensors.numpy import save_file
 
 from fpq_jax import FpqError
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._storage.tensor_files import SafetensorsFile, TorchFile, open_files
 
 BIN = "pytorch_model.bin"
 INDEX = f"{BIN}.index.json"
@@ -55,8 +55,8 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_bin_equals_safetensors_bit_for_bit(tmp_path, torch, dtype):
     tensors = {name: t.astype(dtype) for name, t in random_tensors(TINY_CONFIG).items()}
-    one = open_checkpoint(write_checkpoint(tmp_path / "safetensors", TINY_CONFIG, tensors))
-    other = open_checkpoint(write_bin(tmp_path / "bin", TINY_CONFIG, tensors))
+    one = HfCheckpoint(write_checkpoint(tmp_path / "safetensors", TINY_CONFIG, tensors))
+    other = HfCheckpoint(write_bin(tmp_path / "bin", TINY_CONFIG, tensors))
     assert one.dtype == other.dtype == dtype and one.nbytes == other.nbytes
     assert_same_bits(one.read(dtype), other.read(dtype))
 
@@ -70,10 +70,10 @@ def test_shards_of_bins_equal_one(tmp_path, torch):
     for file in set(weight_map.values()):
         torch.save(to_torch({n: t for n, t in tensors.items() if weight_map[n] == file}), many / file)
     (many / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    assert_same_bits(open_checkpoint(one).read(jnp.float32), open_checkpoint(many).read(jnp.float32))
+    assert_same_bits(HfCheckpoint(one).read(jnp.float32), HfCheckpoint(many).read(jnp.float32))
     (many / "pytorch_model-00002-of-00003.bin").unlink()
     with pytest.raises(FpqError, match=r"many lacks pytorch_model-00002-of-00003\.bin"):
-        open_checkpoint(many)
+        HfCheckpoint(many)
 
 
 def test_views_and_parameters_are_read_as_what_they_show(tmp_path, torch):
@@ -208,16 +208,16 @@ def test_a_folder_without_tensors_is_said(tmp_path):
 def test_values_that_are_not_finite_name_their_tensor_in_a_bin(tmp_path, torch):
     tensors = random_tensors(TINY_CONFIG)
     tensors[NAME][3, 5] = np.nan
-    checkpoint = open_checkpoint(write_bin(tmp_path / "m", TINY_CONFIG, tensors))
+    checkpoint = HfCheckpoint(write_bin(tmp_path / "m", TINY_CONFIG, tensors))
     with pytest.raises(FpqError, match=f"Tensor {NAME} in .*{BIN} holds NaN"):
         checkpoint.read(jnp.float32)
 
 
 def test_a_base_models_bin_is_read(tmp_path, torch):
     tensors = random_tensors(OPT_CONFIG)
-    whole = open_checkpoint(write_checkpoint(tmp_path / "whole", OPT_CONFIG, tensors))
+    whole = HfCheckpoint(write_checkpoint(tmp_path / "whole", OPT_CONFIG, tensors))
     base = {name.removeprefix("model."): t for name, t in tensors.items()}
     assert "decoder.layers.0.fc1.weight" in base
     assert_same_bits(
-        open_checkpoint(write_bin(tmp_path / "base", OPT_CONFIG, base)).read(jnp.float32), whole.read(jnp.float32)
+        HfCheckpoint(write_bin(tmp_path / "base", OPT_CONFIG, base)).read(jnp.float32), whole.read(jnp.float32)
     )

@@ -20,7 +20,7 @@ from fpq_jax import (
     unpack,
 )
 from fpq_jax._errors import FpqError
-from fpq_jax._formats import FORMATS, get_format
+from fpq_jax._numerics.formats import FORMATS, get_format
 
 ALL_BFLOAT16 = np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16)
 REFERENCE = [(E4M3, ml_dtypes.float8_e4m3fn), (E5M2, ml_dtypes.float8_e5m2), (E2M1, ml_dtypes.float4_e2m1fn)]

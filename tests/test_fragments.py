@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from fpq_jax import FpqError, QuantSpec, dequantize, lorc, pack, quantize_array
-from fpq_jax._qtensor import QTensor
-from fpq_jax.kernels import Fragments, fragments, of_fragments, takes
-from fpq_jax.kernels._fragments import table
+from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, of_fragments, table, takes
+from fpq_jax._numerics.qtensor import QTensor
 
 SPECS = [
     QuantSpec(constraint="m2"),

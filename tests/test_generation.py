@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import params_of, with_params
 
 from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, prepare, quantize_array
-from fpq_jax._generation import sample
-from fpq_jax._rows import row_keys
+from fpq_jax._generation.generator import sample
+from fpq_jax._generation.row_sharding import row_keys
+from fpq_jax.models.parameters import params_of, with_params
 
 _quantize = jax.jit(quantize_array, static_argnums=1)
 PROMPT = [256, 5, 9, 77]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import QuantSpec, dequantize, gptq, gptq_with_stats, hessian, quantize_array
-from fpq_jax._gptq import output_error
+from fpq_jax._algorithms.output_error import output_error
 
 
 def problem(inputs, outputs, seed=0, dead=()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fpq_jax as fpq
-from fpq_jax._activations import fake_quantize_tokens
+from fpq_jax._numerics.activations import fake_quantize_tokens
 
 AS_THEY_ARE = fpq.Recipe.load("w4a16-fp")  # activations are left alone
 

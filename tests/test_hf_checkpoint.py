@@ -5,10 +5,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import open_checkpoint, params_of
 from safetensors.numpy import save_file
 
 from fpq_jax import FpqError, load
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax.models.parameters import params_of
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -22,11 +23,11 @@ def test_shards_with_an_index_equal_one_file(tmp_path):
     for file in set(weight_map.values()):
         save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, many / file)
     (many / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    first, second = (open_checkpoint(folder).read(jnp.float32) for folder in (one, many))
+    first, second = (HfCheckpoint(folder).read(jnp.float32) for folder in (one, many))
     assert all((first[path] == second[path]).all() for path in first) and len(first) == len(second)
     (many / "model-00001.safetensors").unlink()
     with pytest.raises(FpqError, match=r"lacks model-00001\.safetensors"):
-        open_checkpoint(many)
+        HfCheckpoint(many)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -54,7 +55,7 @@ def test_all_mismatches_are_listed_at_once(tmp_path):
     tensors[NAME] = tensors[NAME][:-1].copy()
     folder = write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors)
     with pytest.raises(FpqError) as caught:
-        open_checkpoint(folder)
+        HfCheckpoint(folder)
     message = str(caught.value)
     assert "missing: lm_head.weight, model.norm.weight" in message
     assert "unexpected: model.layers.0.mlp.extra.weight" in message
@@ -65,7 +66,7 @@ def test_all_mismatches_are_listed_at_once(tmp_path):
 def test_values_that_are_not_finite_name_their_tensor(tmp_path, value, kind):
     tensors = random_tensors(TINY_CONFIG)
     tensors[NAME][3, 5] = value
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
+    checkpoint = HfCheckpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
     with pytest.raises(FpqError, match=f"{NAME}.*{kind}"):
         checkpoint.read(jnp.float32)
 
@@ -75,10 +76,10 @@ def test_values_that_are_not_finite_name_their_tensor(tmp_path, value, kind):
 def test_names_of_a_base_model_are_taken_as_the_whole_models(tmp_path, config, tied):
     config = {**config, "tie_word_embeddings": tied}
     tensors = random_tensors(config)
-    whole = open_checkpoint(write_checkpoint(tmp_path / "whole", config, tensors)).read(jnp.float32)
+    whole = HfCheckpoint(write_checkpoint(tmp_path / "whole", config, tensors)).read(jnp.float32)
     bare = {name.removeprefix("model."): t for name, t in tensors.items()}
     assert not bare.keys() & (tensors.keys() - {"lm_head.weight"}) and ("lm_head.weight" in bare) is not tied
-    read = open_checkpoint(write_checkpoint(tmp_path / "bare", config, bare)).read(jnp.float32)
+    read = HfCheckpoint(write_checkpoint(tmp_path / "bare", config, bare)).read(jnp.float32)
     assert read.keys() == whole.keys() and all((read[path] == whole[path]).all() for path in read)
 
 
@@ -89,14 +90,14 @@ def test_messages_name_tensors_as_they_are_stored(tmp_path):
     folder = tmp_path / "m"
     for value, dtype, message in ((np.nan, jnp.float32, "in .* holds NaN"), (1e6, jnp.float16, "does not fit float16")):
         bare[stored][3, 5] = value
-        checkpoint = open_checkpoint(write_checkpoint(folder, TINY_CONFIG, bare))
+        checkpoint = HfCheckpoint(write_checkpoint(folder, TINY_CONFIG, bare))
         with pytest.raises(FpqError, match=f"Tensor {stored} {message}"):
             checkpoint.read(dtype)
     bare[stored] = bare[stored][:-1].astype(np.float64)
     bare["extra.weight"] = np.zeros(3, np.float32)
     del bare["norm.weight"]
     with pytest.raises(FpqError) as caught:
-        open_checkpoint(write_checkpoint(folder, TINY_CONFIG, bare))
+        HfCheckpoint(write_checkpoint(folder, TINY_CONFIG, bare))
     assert str(caught.value).endswith(
         "; missing: model.norm.weight; unexpected: extra.weight; "
         f"not as config.json says: {stored} [79, 48] instead of [80, 48], {stored} stored as F64."
@@ -105,26 +106,26 @@ def test_messages_name_tensors_as_they_are_stored(tmp_path):
 
 def test_a_file_without_tensors_lacks_them_all(tmp_path):
     with pytest.raises(FpqError, match=r"missing: lm_head\.weight, model\.embed_tokens\.weight"):
-        open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, {}))
+        HfCheckpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, {}))
 
 
 def test_broken_folders_are_told_apart(tmp_path, tiny_llama):
     with pytest.raises(FpqError, match="no model folder"):
-        open_checkpoint(tmp_path / "absent")
+        HfCheckpoint(tmp_path / "absent")
     with pytest.raises(FpqError, match=r"no config\.json"):
-        open_checkpoint(tmp_path)
+        HfCheckpoint(tmp_path)
     weights = tiny_llama / "model.safetensors"
     whole = weights.read_bytes()
     for size in (len(whole) - 10, 100, 3, 0):
         weights.write_bytes(whole[:size])
         with pytest.raises(FpqError, match=r"model\.safetensors is truncated"):
-            open_checkpoint(tiny_llama)
+            HfCheckpoint(tiny_llama)
     weights.unlink()
     with pytest.raises(FpqError, match=r"lacks model\.safetensors"):
-        open_checkpoint(tiny_llama)
+        HfCheckpoint(tiny_llama)
     (tiny_llama / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(FpqError, match="not a safetensors index"):
-        open_checkpoint(tiny_llama)
+        HfCheckpoint(tiny_llama)
     (tiny_llama / "config.json").write_text("{")
     with pytest.raises(FpqError, match="not valid JSON"):
-        open_checkpoint(tiny_llama)
+        HfCheckpoint(tiny_llama)

@@ -11,8 +11,9 @@ import pytest
 from conftest import abstract_quantized
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from fpq_jax import FpqError, QuantSpec, compile_for_hopper, hopper, linear, lorc, quantize_array
-from fpq_jax._residency import resident
+from fpq_jax import FpqError, QuantSpec, linear, lorc, quantize_array
+from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax.debug import compile_for_hopper, hopper
 
 pytestmark = pytest.mark.usefixtures("hopper_compiler")
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import build_model, open_checkpoint
 from safetensors import safe_open
 
 from fpq_jax import FpqError, load, save
-from fpq_jax._text import load_tokenizer
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.text import load_tokenizer
+from fpq_jax.models.parameters import build_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "inject_outliers.py"
 CONFIGS = {"llama": TINY_CONFIG, "opt": OPT_CONFIG}
@@ -86,7 +87,7 @@ def test_the_copy_has_the_same_logits_in_torch(script, tmp_path, architecture, o
 
 
 def test_parameters_are_scaled_where_norms_and_linears_meet(script, architecture, original):
-    checkpoint = open_checkpoint(original)
+    checkpoint = HfCheckpoint(original)
     params = checkpoint.read(np.float32)
     untouched = {path: value.copy() for path, value in params.items()}
     channels = np.array([3, 17, 40])
@@ -105,7 +106,7 @@ def test_parameters_are_scaled_where_norms_and_linears_meet(script, architecture
 
 
 def test_norms_give_larger_channels(script, architecture, original):
-    checkpoint = open_checkpoint(original)
+    checkpoint = HfCheckpoint(original)
     params = checkpoint.read(np.float32)
     channels = np.array([5, 47])
     expected = np.ones(48)
@@ -121,12 +122,12 @@ def test_norms_give_larger_channels(script, architecture, original):
 def test_share_and_seed_choose_the_same_channels_in_every_layer(script, tmp_path, tiny_llama):
     def chosen(name, **options):
         script.main(script.Options(model=str(tiny_llama), output=tmp_path / name, factor=2, **options))
-        norms = ((path, value) for path, value in open_checkpoint(tmp_path / name).read(np.float32).items())
+        norms = ((path, value) for path, value in HfCheckpoint(tmp_path / name).read(np.float32).items())
         gains = [value / before[path] for path, value in norms if "layernorm" in path]
         assert len(gains) == 4 and all((g == gains[0]).all() for g in gains)
         return np.flatnonzero(gains[0] == 2).tolist()
 
-    before = open_checkpoint(tiny_llama).read(np.float32)
+    before = HfCheckpoint(tiny_llama).read(np.float32)
     first = chosen("a", share=0.25)
     assert len(first) == 12 and chosen("b", share=0.25) == first
     assert chosen("c", share=0.25, seed=1) != first

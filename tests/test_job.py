@@ -3,7 +3,7 @@
 import pytest
 
 from fpq_jax import FpqError, Recipe
-from fpq_jax._job import Job, default_calibration
+from fpq_jax._pipeline.job import Job, default_calibration
 
 RECIPES = [Recipe.load("w4a8-fp-lorc"), Recipe.load("w8a8-int")]
 

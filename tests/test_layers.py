@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from fpq_jax.models._layers import Embedding, LayerNorm, Linear, RMSNorm, rotate
+
+from fpq_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, rotate
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():

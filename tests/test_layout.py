@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import Axes
-from fpq_jax._layout import Layout, Product, laid_out, plan, to_kernel
+from fpq_jax._transform.axis_layout import Layout, Product, laid_out, plan, to_kernel
 
 
 def _factors_of(array, shape):

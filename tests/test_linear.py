@@ -18,10 +18,11 @@ from fpq_jax import (
     quantize_array,
     quantize_tokens,
 )
-from fpq_jax._activations import fake_quantize_tokens, static_scale
-from fpq_jax._linear import Divided, Observed, product_kind
-from fpq_jax._residency import resident
-from fpq_jax._scales import range_scale
+from fpq_jax._matmul.linear import Divided, Observed
+from fpq_jax._matmul.products import product_kind, static_scale
+from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._numerics.activations import fake_quantize_tokens
+from fpq_jax._numerics.scales import range_scale
 
 SPECS = {
     "m2": QuantSpec(group_size=32, constraint="m2"),

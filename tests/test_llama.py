@@ -8,9 +8,10 @@ from conftest import (
     assert_logits_equal_hugging_faces,
     write_checkpoint,
 )
-from fpq_jax.models import LlamaConfig, open_checkpoint
 
 from fpq_jax import FpqError
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax.models.llama import LlamaConfig
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -65,4 +66,4 @@ def test_config_round_trips_through_json():
 def test_what_is_not_supported_is_named(tmp_path, change, said):
     folder = write_checkpoint(tmp_path / "model", {**TINY_CONFIG, **change}, {"a": np.zeros(1, np.float32)})
     with pytest.raises(FpqError, match=said):
-        open_checkpoint(folder)
+        HfCheckpoint(folder)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import QuantSpec, dequantize, lorc, quantize_array
-from fpq_jax._lorc import truncated_svd
+from fpq_jax._algorithms.lorc import truncated_svd
 
 
 def decaying(n, k, power, seed=0):

@@ -7,7 +7,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from fpq_jax._machine import free_device_memory, free_disk, free_host_memory, peak_memory, resident_memory
+from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, peak_memory, resident_memory
 
 
 def test_memory_that_is_taken_is_seen():
@@ -20,7 +20,7 @@ def test_memory_that_is_taken_is_seen():
 
 
 def test_a_limit_of_the_process_counts():
-    code = "from fpq_jax._machine import free_host_memory; print(free_host_memory())"
+    code = "from fpq_jax._support.machine import free_host_memory; print(free_host_memory())"
     line = ["sh", "-c", f'ulimit -d {2 * 2**20} && exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 2 * 2**30

@@ -9,13 +9,13 @@ import pytest
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QuantSpec, dequantize, linear, lorc, quantize_array
-from fpq_jax._activations import fake_quantize_tokens
-from fpq_jax._residency import resident
-from fpq_jax.kernels import Fragments, fragments, matmul
-from fpq_jax.kernels import _matmul as matmul_module
-from fpq_jax.kernels._fragments import group_length, table
-from fpq_jax.kernels._schedule import Schedule
-from fpq_jax.kernels._tiles import added_up, partial_sums
+from fpq_jax._matmul.fp4_kernel import matmul as matmul_module
+from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, group_length, table
+from fpq_jax._matmul.fp4_kernel.matmul import matmul
+from fpq_jax._matmul.fp4_kernel.reference import added_up, partial_sums
+from fpq_jax._matmul.fp4_kernel.schedule import Schedule
+from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._numerics.activations import fake_quantize_tokens
 
 M2 = fpq.Recipe.load("w4a8-fp-m2")
 SPECS = {

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, write_tokenizer
-from fpq_jax.models import abstract_model, model_class_of, params_of, part_of, to_hf_tensors, with_params
 from safetensors.numpy import save_file
 
 from fpq_jax import QuantSpec, quantize_array, save
+from fpq_jax.models.parameters import abstract_model, params_of, part_of, to_hf_tensors, with_params
+from fpq_jax.models.registry import model_class_of
 
 MB = 10**6
 # of threads' own arenas, and of what was freed, glibc keeps more than is used: noise here, and a limit counts it
@@ -115,7 +116,7 @@ EXPORT = """
 import sys
 from pathlib import Path
 from fpq_jax import export
-from fpq_jax._machine import peak_memory
+from fpq_jax._support.machine import peak_memory
 export.main(export.Options(model=sys.argv[1], format="bf16", output=Path(sys.argv[2])))
 print(peak_memory())
 """

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from fpq_jax import FpqError
-from fpq_jax._mesh import check_mesh, make_mesh, mesh_text, parse_mesh
+from fpq_jax._support.mesh import check_mesh, make_mesh, mesh_text, parse_mesh
 
 
 def test_a_mesh_by_its_text():

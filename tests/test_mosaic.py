@@ -12,10 +12,12 @@ import numpy as np
 import ptx
 import pytest
 
-from fpq_jax import QuantSpec, compile_for_hopper, quantize_array
-from fpq_jax.kernels import _mosaic, _tiles, fragments, matmul
-from fpq_jax.kernels._fragments import group_length, table
-from fpq_jax.kernels._schedule import Schedule
+from fpq_jax import QuantSpec, quantize_array
+from fpq_jax._matmul.fp4_kernel import mosaic, reference
+from fpq_jax._matmul.fp4_kernel.fragments import fragments, group_length, table
+from fpq_jax._matmul.fp4_kernel.matmul import matmul
+from fpq_jax._matmul.fp4_kernel.schedule import Schedule
+from fpq_jax.debug import compile_for_hopper
 
 pytestmark = pytest.mark.usefixtures("hopper_compiler")
 
@@ -73,10 +75,10 @@ def test_what_is_compiled_gives_what_it_should(dumped, sizes, tiles, spec):
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32).astype(jnp.float8_e4m3fn)
     operands = [x, f.words] if f.group_scale is None else [x, f.words, f.group_scale]
     sums = lambda form: lambda x, words, scale=None: form(x, words, scale, table=table(spec.format), s=s)
-    text, mlir, report = dumped(sums(_mosaic.partial_sums), *operands)
+    text, mlir, report = dumped(sums(mosaic.partial_sums), *operands)
     check_assembly(text, report, spec)
 
-    expected = np.asarray(jax.jit(sums(_tiles.partial_sums))(*operands))
+    expected = np.asarray(jax.jit(sums(reference.partial_sums))(*operands))
     chunk = min(s.part, 128)
     operands[0] = jnp.pad(x, ((0, -m % 8 if m > 8 else 0), (0, -k % chunk)))  # as XLA does before the kernel
     launch, program = ptx.launch(mlir), ptx.parse(text)

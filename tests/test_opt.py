@@ -8,9 +8,10 @@ from conftest import (
     assert_logits_equal_hugging_faces,
     write_checkpoint,
 )
-from fpq_jax.models import OptConfig, open_checkpoint
 
 from fpq_jax import FpqError
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax.models.opt import OptConfig
 
 POST_NORM = {"do_layer_norm_before": False}
 PROJECTION = {"word_embed_proj_dim": 24}
@@ -67,4 +68,4 @@ def test_lorc_ranks_are_the_papers(hidden, rank):
 def test_what_is_not_supported_is_named(tmp_path, change, said):
     folder = write_checkpoint(tmp_path / "model", {**OPT_CONFIG, **change}, {"a": np.zeros(1, np.float32)})
     with pytest.raises(FpqError, match=said):
-        open_checkpoint(folder)
+        HfCheckpoint(folder)

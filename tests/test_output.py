@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fpq_jax import FpqError
-from fpq_jax._output import new_directory
+from fpq_jax._support.new_directory import new_directory
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_is_writing_is_not(tmp_path):

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import linear_name, params_of, with_params
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, QuantSpec, evaluate, export, generate, quantize
-from fpq_jax._checkpoint import copy_sidecars
-from fpq_jax._text import tail_name
+from fpq_jax._checkpoints.model_folder import copy_sidecars
+from fpq_jax._pipeline.text import tail_name
+from fpq_jax.models.parameters import linear_name, params_of, with_params
 
 SPECS = (
     QuantSpec(group_size=32, constraint="m2"),

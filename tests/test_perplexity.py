@@ -7,9 +7,9 @@ from conftest import forward
 from flax import nnx
 
 from fpq_jax import FpqError
-from fpq_jax._layerwise import Batches, batch_size
-from fpq_jax._mesh import make_mesh
-from fpq_jax._perplexity import perplexity
+from fpq_jax._pipeline.batches import Batches, batch_size
+from fpq_jax._pipeline.perplexity import perplexity
+from fpq_jax._support.mesh import make_mesh
 
 
 class Bigram(nnx.Module):

@@ -4,15 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, forward, random_tensors, write_checkpoint
-from fpq_jax.models import build_model, open_checkpoint
 
 from fpq_jax import QTensor, Recipe, dequantize, gptq
-from fpq_jax._activations import fake_quantize_tokens
-from fpq_jax._demo import demo_model_path
-from fpq_jax._mesh import make_mesh
-from fpq_jax._perplexity import perplexity
-from fpq_jax._pipeline import linears, quantize_checkpoint
-from fpq_jax._text import calibration_text, load_tokenizer
+from fpq_jax._checkpoints.demo import demo_model_path
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._numerics.activations import fake_quantize_tokens
+from fpq_jax._pipeline.perplexity import perplexity
+from fpq_jax._pipeline.quantize_layers import linears, quantize_checkpoint
+from fpq_jax._pipeline.text import calibration_text, load_tokenizer
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax.models.parameters import build_model
 
 
 def quantized(checkpoint, what, windows, **options):
@@ -32,7 +33,7 @@ def windows():
 
 
 def test_every_linear_is_quantized_better_than_by_rounding_and_lorc_helps(tiny_llama, windows):
-    checkpoint = open_checkpoint(tiny_llama)
+    checkpoint = HfCheckpoint(tiny_llama)
     params, results = quantized(checkpoint, recipe(), windows)
     assert len(results) == 14
     assert {r.name for r in results} == set(linears(checkpoint).values())
@@ -45,7 +46,7 @@ def test_every_linear_is_quantized_better_than_by_rounding_and_lorc_helps(tiny_l
 
 def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_llama, windows):
     """The second layer's q_proj, by hand: embed, first layer quantized, norm, quantized activations, X^T X, GPTQ."""
-    checkpoint = open_checkpoint(tiny_llama)
+    checkpoint = HfCheckpoint(tiny_llama)
     what = recipe()
     params, _ = quantized(checkpoint, what, windows)
     model = build_model(checkpoint.model_class, checkpoint.model_config, params)
@@ -62,7 +63,7 @@ def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_l
 
 def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     """The second layer's fc1, by hand: its input with nothing of its own layer quantized."""
-    checkpoint = open_checkpoint(tiny_opt)
+    checkpoint = HfCheckpoint(tiny_opt)
     what = recipe(activation="int8-asym", activation_scale="static")
     params, _ = quantized(checkpoint, what, windows)
     first = {p: v for p, v in params.items() if p.startswith("layers.0.")}
@@ -95,7 +96,7 @@ def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama,
 
     calls, calibrate = [], pipeline.calibrate
     monkeypatch.setattr(pipeline, "calibrate", lambda *a: (calls.append(a), calibrate(*a))[1])
-    checkpoint, first_layer = open_checkpoint(tiny_llama), {}
+    checkpoint, first_layer = HfCheckpoint(tiny_llama), {}
     run = lambda what, **kept: quantized(checkpoint, what, windows, **kept)[0]
     other = recipe(weight={"format": "int4", "group_size": 16})
     run(recipe(), first_layer=first_layer)
@@ -109,7 +110,7 @@ def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama,
 
 def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows):
     """One window a batch, and batches that do not divide the windows, give the same result."""
-    checkpoint = open_checkpoint(tiny_llama)
+    checkpoint = HfCheckpoint(tiny_llama)
     single, _ = quantized(checkpoint, recipe(), windows, batch_tokens=1)
     filled, _ = quantized(checkpoint, recipe(), windows, batch_tokens=2 * 48)
     for path, leaf in single.items():
@@ -118,13 +119,13 @@ def test_the_last_batch_s_filling_does_not_count(tiny_llama, windows):
 
 
 def test_the_same_seed_gives_the_same_bits(tiny_llama, windows):
-    checkpoint = open_checkpoint(tiny_llama)
+    checkpoint = HfCheckpoint(tiny_llama)
     runs = [quantized(checkpoint, recipe(lorc={}), windows, seed=3)[0] for _ in range(2)]
     chex.assert_trees_all_equal(*runs)
 
 
 def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
-    checkpoint = open_checkpoint(demo_model_path())
+    checkpoint = HfCheckpoint(demo_model_path())
     tokenizer = load_tokenizer(checkpoint.folder)
     options = {"length": 256, "vocab_size": checkpoint.model_config.vocab_size}
     text = calibration_text("demo", tokenizer, num_samples=32, seed=0, hold_back=True, **options)
@@ -140,7 +141,7 @@ def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
 
 def test_rules_leave_linears_as_they_are(tiny_llama, windows):
     what = recipe(rules=[{"match": "model.layers.0.*", "quantize": False}])
-    params, results = quantized(open_checkpoint(tiny_llama), what, windows)
+    params, results = quantized(HfCheckpoint(tiny_llama), what, windows)
     assert {r.name.split(".")[2] for r in results} == {"1"}
     assert not isinstance(params["layers.0.mlp.up_proj.kernel"], QTensor)
 
@@ -150,7 +151,7 @@ def test_dead_layers_and_zero_weights_are_finite_and_said(tmp_path, windows):
     tensors["model.layers.0.input_layernorm.weight"][:] = 0  # q, k and v see zeros; o as well, through v
     tensors["model.layers.1.post_attention_layernorm.weight"][:7] = 0  # seven inputs of gate and up never act
     tensors["model.layers.1.mlp.down_proj.weight"][5] = 0
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
+    checkpoint = HfCheckpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, tensors))
     params, results = quantized(checkpoint, recipe(lorc={"rank": 2}), windows)
     notes = {r.name: " ".join(r.notes) for r in results}
     for part in "qkvo":

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fpq_jax.models import _prepare, abstract_model, params_of, prepare_in_place, with_params
 
 from fpq_jax import FpqError, Generator, QTensor, QuantSpec, load, lorc, prepare, quantize_array, save
-from fpq_jax.kernels import Fragments
+from fpq_jax._matmul.fp4_kernel.fragments import Fragments
+from fpq_jax.models import prepare as _prepare
+from fpq_jax.models.parameters import abstract_model, params_of, with_params
+from fpq_jax.models.prepare import prepare_in_place
 
 M2 = QuantSpec(group_size=32, constraint="m2")
 W8 = QuantSpec(format="e4m3", group_size="channel")

@@ -1,6 +1,6 @@
 """HLO texts as XLA writes them, cut short."""
 
-from fpq_jax._program import Kernel, Program
+from fpq_jax.debug.compiled_program import Launch, Program
 
 # ruff: noqa: E501
 HLO = """HloModule jit_f
@@ -73,7 +73,7 @@ def test_kernels_and_the_products_among_them():
         ("reduce-scatter", "f32[128,32]"),
     ]
     assert program.kernels[4].scope == "jit(f)/psum"
-    assert program.kernels[0] == Kernel(
+    assert program.kernels[0] == Launch(
         "fp8_matmul",
         "cublas.1",
         "jit(f)/dot_general",

@@ -10,9 +10,10 @@ import ptx
 import pytest
 
 import fpq_jax
-from fpq_jax.kernels import _mosaic
-from fpq_jax.kernels._fragments import table
-from fpq_jax.kernels._schedule import Schedule
+import fpq_jax.debug
+from fpq_jax._matmul.fp4_kernel import mosaic
+from fpq_jax._matmul.fp4_kernel.fragments import table
+from fpq_jax._matmul.fp4_kernel.schedule import Schedule
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -297,11 +298,11 @@ def whole(tmp_path_factory, hopper_compiler):
         rng.integers(0, 2**32, (4, 128, 128), dtype=np.uint32),
         rng.integers(-3, 4, (8, 256)).astype(np.int8),
     ]
-    run = lambda *operands: _mosaic.partial_sums(*operands, table=table(fpq_jax.E2M1), s=CASE)
+    run = lambda *operands: mosaic.partial_sums(*operands, table=table(fpq_jax.E2M1), s=CASE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
-        fpq_jax.compile_for_hopper(run, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+        fpq_jax.debug.compile_for_hopper(run, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
     text, mlir = (next(folder.glob(f"*.{end}")).read_text() for end in ("ptx", "mlir-passes.log"))
     arrays = [*arrays, table(fpq_jax.E2M1).view(np.int32)]  # as the kernel has them
     return text, ptx.launch(mlir), [frozen(array) for array in arrays]

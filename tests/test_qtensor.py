@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E2M1, E4M3, FpqError, LowRank, QuantSpec, dequantize, expand, lorc, quantize_array
-from fpq_jax._residency import resident
+from fpq_jax._matmul.weight_layouts import resident
 
 SPECS = [
     QuantSpec(group_size=32),

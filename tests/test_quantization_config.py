@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fpq_jax import FpqError
-from fpq_jax._compressed_tensors import Fp8, Int4, Mxfp4
-from fpq_jax._quantization_config import form_of
+from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4
+from fpq_jax._storage.quantization_config import form_of
 
 
 def test_the_arguments_written_are_those_of_the_library():

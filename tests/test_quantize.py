@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fpq_jax.models import params_of
 from safetensors.numpy import load_file, save_file
 
 from fpq_jax import Generator, QTensor, evaluate, load
-from fpq_jax._console import run_command
+from fpq_jax._support.console import run_command
+from fpq_jax.models.parameters import params_of
 from fpq_jax.quantize import Options, main
 
 

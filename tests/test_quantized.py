@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import fpq_jax as fpq
-from fpq_jax._layout import to_kernel
+from fpq_jax import debug
+from fpq_jax._transform.axis_layout import to_kernel
 
 M2 = fpq.QuantSpec(constraint="m2", group_size=16)
 
@@ -362,7 +363,8 @@ def test_gradients_flow_to_inputs_unquantized_leaves_and_factors():
 def test_the_compiled_program_is_the_one_of_linear_by_hand(hopper_compiler):
     """For an H100: our LLaMA, whose layers call ``linear``, by the general road and by its own."""
     from flax import nnx
-    from fpq_jax.models import Llama, LlamaConfig
+
+    from fpq_jax.models.llama import Llama, LlamaConfig
 
     sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
     more = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -373,7 +375,7 @@ def test_the_compiled_program_is_the_one_of_linear_by_hand(hopper_compiler):
     uses = fpq.find_kernels(apply, params, tokens)
     recipe = fpq.Recipe.load("w4a8-fp-m2-lorc").with_rule("lm_head*", quantize=False)
     small = fpq.expand_params(fpq.quantize_params(params, recipe, uses=uses))
-    general, own = (fpq.compile_for_hopper(f, small, tokens) for f in (fpq.quantized(apply), apply))
+    general, own = (debug.compile_for_hopper(f, small, tokens) for f in (fpq.quantized(apply), apply))
     assert str(general) == str(own)
     assert sorted(map(str, general.kernels)) == sorted(map(str, own.kernels)) and "FP8 products" in str(own)
 
@@ -382,11 +384,11 @@ def test_stacked_weights_are_fp8_products_on_an_h100(hopper_compiler):
     spec = fpq.QuantSpec(constraint="m2", group_size=64)
     x = jnp.ones((4, 64, 128), jnp.bfloat16)
     experts = quantize(_normal(1, 4, 128, 256).astype(jnp.bfloat16), "stack in out", spec)
-    program = fpq.compile_for_hopper(fpq.quantized(lambda w, x: jnp.einsum("etd,edf->etf", x, w)), experts, x)
+    program = debug.compile_for_hopper(fpq.quantized(lambda w, x: jnp.einsum("etd,edf->etf", x, w)), experts, x)
     assert "1 FP8 products, 0 other products" in str(program)
     layers = quantize(_normal(2, 3, 128, 128).astype(jnp.bfloat16), "stack in out", spec)
     scan = lambda w, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
-    assert "1 FP8 products, 0 other products" in str(fpq.compile_for_hopper(fpq.quantized(scan), layers, x[0]))
+    assert "1 FP8 products, 0 other products" in str(debug.compile_for_hopper(fpq.quantized(scan), layers, x[0]))
 
 
 def test_tracing_costs_at_most_three_times_as_much():

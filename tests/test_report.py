@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from fpq_jax import QuantSpec, quantize_array
-from fpq_jax._atomic import write_json
-from fpq_jax._report import bits_per_weight, environment, layer_row, row_text, size_text
-from fpq_jax._solve import LinearResult
+from fpq_jax._algorithms.quantize_linears import LinearResult
+from fpq_jax._pipeline.report import bits_per_weight, environment, layer_row, row_text
+from fpq_jax._support.console import size_text
+from fpq_jax._support.files import write_json
 
 RESULT = LinearResult("model.layers.0.mlp.up_proj", (48, 80), 0.02, 0.01, None, 0.4, ("rounded",))
 

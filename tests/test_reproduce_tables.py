@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import OPT_CONFIG, TINY_CONFIG
-from fpq_jax.models import LlamaConfig, OptConfig
 
 from fpq_jax import FpqError, Recipe
-from fpq_jax._recipe import recipe_names
+from fpq_jax._algorithms.recipe import recipe_names
+from fpq_jax.models.llama import LlamaConfig
+from fpq_jax.models.opt import OptConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHAPES = {

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fpq_jax import FpqError, QuantSpec, dequantize, linear, lorc, quantize_array
-from fpq_jax._linear import linears
-from fpq_jax._residency import can_concatenate, check_residency, concatenate, resident
+from fpq_jax._matmul.linear import linears
+from fpq_jax._matmul.weight_layouts import check_residency, resident
+from fpq_jax._numerics.concatenate import can_concatenate, concatenate
 
 SPECS = [
     QuantSpec(group_size=32, constraint="m2"),

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, random_tensors, write_checkpoint
-from fpq_jax.models import params_of
 from jax.experimental.compilation_cache import compilation_cache
 
 from fpq_jax import FpqError, QTensor, load, quantize
-from fpq_jax._program_cache import kept_programs
-from fpq_jax._unfinished import Unfinished
+from fpq_jax._checkpoints.run_progress import Unfinished
+from fpq_jax._support.compile_cache import kept_programs
+from fpq_jax.models.parameters import params_of
 
 LAYERS = 4
 KILLS = 20
@@ -133,7 +133,7 @@ def layers_solved(monkeypatch) -> list:
 
 
 def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, monkeypatch, capsys):
-    import fpq_jax._job as job
+    import fpq_jax._pipeline.job as job
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.Job, "quantized", lambda self, store: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -172,8 +172,9 @@ def test_memory_that_runs_out_is_said_and_loses_nothing(work, half_done, monkeyp
 def test_a_full_disk_is_said_and_when_there_is_room_the_command_goes_on(work, tmp_path):
     """On a tmpfs that the first run fills; where none may be mounted, files that may not be longer than so much."""
     code = (
-        "import sys; from pathlib import Path; from fpq_jax import quantize, _estimate; "
-        "_estimate.free_disk = lambda place: 2**40; from fpq_jax._console import run_command; "
+        "import sys; from pathlib import Path; from fpq_jax import quantize; "
+        "from fpq_jax._pipeline import estimate; "
+        "estimate.free_disk = lambda place: 2**40; from fpq_jax._support.console import run_command; "
         "sys.argv = sys.argv[1:]; run_command(quantize.main, quantize.Options, 'quantize')"
     )
     line = [sys.executable, "-c", code, "quantize", "--model", work / "model", "--calibration", work / "text.txt",
@@ -279,7 +280,7 @@ def test_another_model_version_or_tokenizer_is_refused(work, half_done, tmp_path
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(config.read_text().replace("{", '{"added": 1,', 1))
-    monkeypatch.setattr("fpq_jax._job.code_digest", lambda: "another")
+    monkeypatch.setattr("fpq_jax._pipeline.job.code_digest", lambda: "another")
     with pytest.raises(FpqError, match=r"another job \(model, tokenizer, version differ\)"):
         quantize.main(options(work, "half", model=str(tmp_path / "model")))
 
@@ -334,7 +335,7 @@ def test_a_run_killed_when_its_model_was_in_its_place_is_finished_by_the_same_co
 
 def test_before_anything_is_finished_other_options_may_be_used(work, tmp_path):
     """What a refusal advises can be done; an output that is a link to an empty folder."""
-    import fpq_jax._job as job
+    import fpq_jax._pipeline.job as job
 
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fpq_jax.models._files import SafetensorsFile, open_files
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fpq_jax import FpqError
-from fpq_jax._safetensors import DTYPES, NAMES, TensorsWriter, parse_size
+from fpq_jax._storage.safetensors_writer import DTYPES, NAMES, TensorsWriter, parse_size
+from fpq_jax._storage.tensor_files import SafetensorsFile, open_files
 
 SHAPES = ((), (0,), (1,), (3,), (5, 7), (2, 3, 4), (64, 33))
 

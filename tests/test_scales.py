@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E2M1, E3M0, QuantSpec, dequantize, quantize_array
-from fpq_jax._scales import free_scale, group_scale, power_of_two, row_reference
+from fpq_jax._numerics.scales import free_scale, group_scale, power_of_two, row_reference
 
 
 def weights(seed, shape, spread=1.5):

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from fpq_jax.kernels._schedule import H100_PROCESSORS, Schedule, schedule_for
+from fpq_jax._matmul.fp4_kernel.schedule import H100_PROCESSORS, Schedule, schedule_for
 
 # hidden and feed-forward sizes of LLaMA-7B to 65B and OPT-6.7B to 66B
 WIDTHS = [(4096, 11008), (5120, 13824), (6656, 17920), (8192, 22016), (4096, 16384), (7168, 28672), (9216, 36864)]

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, abstract_quantized
-from fpq_jax.models import abstract_model, model_class_of, params_of, shardings
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from fpq_jax import FpqError, QuantSpec, lorc, quantize_array
-from fpq_jax._linear import Divided
-from fpq_jax._qtensor import QTensor
+from fpq_jax._matmul.linear import Divided
+from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax.models.parameters import abstract_model, params_of
+from fpq_jax.models.registry import model_class_of
+from fpq_jax.models.sharding import shardings
 
 TWO = AbstractMesh((1, 2), ("data", "model"))
 WHOLE, ROWS, COLUMNS = P(), P("model"), P(None, "model")

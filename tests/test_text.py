@@ -8,7 +8,7 @@ import pytest
 from conftest import write_tokenizer
 
 from fpq_jax import FpqError
-from fpq_jax._text import calibration_text, check_spec, evaluation_windows, is_tail, load_tokenizer, tail_name
+from fpq_jax._pipeline.text import calibration_text, check_spec, evaluation_windows, is_tail, load_tokenizer, tail_name
 
 
 @pytest.fixture(scope="module")

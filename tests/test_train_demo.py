@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fpq_jax.models import open_checkpoint
 
-from fpq_jax._text import load_tokenizer
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.text import load_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo.py"
 NORMS = {"llama": "input_layernorm.scale", "opt": "final_layer_norm.scale"}
@@ -31,7 +31,7 @@ def test_it_trains_resumes_and_writes_a_hugging_face_folder(tmp_path, architectu
     rows = [json.loads(row) for row in (work / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 3]
     assert rows[1]["valid"]["wikitext2"] < rows[0]["valid"]["wikitext2"]
-    checkpoint = open_checkpoint(out)
+    checkpoint = HfCheckpoint(out)
     assert checkpoint.dtype == "bfloat16"
     params = checkpoint.read(np.float32)
     assert np.abs(params["layers.0." + NORMS[architecture]] - 1).max() < 0.5

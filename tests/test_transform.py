@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from fpq_jax.models import open_checkpoint, params_of
 
 import fpq_jax as fpq
-from fpq_jax._calibration import activations_of, calibrate
-from fpq_jax._layerwise import Batches
-from fpq_jax._mesh import make_mesh
-from fpq_jax._pipeline import linears, quantize_checkpoint
-from fpq_jax._tree import named_leaves
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.batches import Batches
+from fpq_jax._pipeline.calibration import activations_of, calibrate
+from fpq_jax._pipeline.quantize_layers import linears, quantize_checkpoint
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax._support.trees import named_leaves
+from fpq_jax.models.parameters import params_of
 
 LORC = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(16)
 PLAIN = fpq.Recipe.load("w4a8-fp-m2").with_group_size(16)
@@ -37,7 +38,7 @@ def _same(got, wanted):
 
 def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_llama):
     windows = np.random.default_rng(0).integers(0, 250, (8, 32)).astype(np.int32)
-    checkpoint = open_checkpoint(tiny_llama)
+    checkpoint = HfCheckpoint(tiny_llama)
     recipe = LORC.with_lorc_rank(4)
     parts = quantize_checkpoint(checkpoint, recipe, windows, "float32", make_mesh())
     pipeline = {path: leaf for part in parts for path, leaf in part.params.items()}
@@ -92,9 +93,8 @@ def _positions(x):
 
 
 def _observed(layer, hidden, positions, todo):
-    from fpq_jax.models import with_params
-
-    from fpq_jax._linear import Observed
+    from fpq_jax._matmul.linear import Observed
+    from fpq_jax.models.parameters import with_params
 
     kernels = params_of(layer)
     observed = {path: Observed(kernels[path], r.spec.activation, lambda x, seen: None) for path, r in todo.items()}

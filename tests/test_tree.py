@@ -1,4 +1,4 @@
-from fpq_jax._tree import below, flatten, unflatten
+from fpq_jax._support.trees import below, flatten, unflatten
 
 
 def test_flatten_and_unflatten_are_inverses():

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import fpq_jax as fpq
-from fpq_jax._placing import placed, shardings_like
+from fpq_jax._numerics.qtensor_sharding import placed, shardings_like
 
 RECIPE = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(8)
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_said(tmp_path, tiny_llama):
     with error("is a model of fpq_jax's own"):
         fpq.load(tiny_llama, like=_params)
     with error("holds a tree of another model"):
-        from fpq_jax._checkpoint import open_model
+        from fpq_jax._checkpoints.sources import open_model
 
         open_model(folder)
     with error("random key"):

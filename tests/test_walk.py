@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import fpq_jax as fpq
-from fpq_jax._layout import to_kernel
+from fpq_jax._transform.axis_layout import to_kernel
 
 AS_THEY_ARE = fpq.Recipe.load("w4a16-fp")
 M2 = fpq.QuantSpec(constraint="m2", group_size=4)

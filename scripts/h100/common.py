@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpq_jax._hopper import ROUTE_OPTIONS as CUBLAS_AND_TRITON
+from fpq_jax.debug.hopper import ROUTE_OPTIONS as CUBLAS_AND_TRITON
 
 # NVIDIA's datasheet of the H100 SXM, dense: TFLOP/s and GB/s
 DATASHEET = {"fp8": 1979.0, "bf16": 989.0, "fp32": 67.0, "bandwidth": 3350.0}

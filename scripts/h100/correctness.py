@@ -9,28 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from fpq_jax.models import params_of, with_params
 from h100.common import Clock, Sizes, compiled_in_parallel, compiler_options, markdown, on_gpu
 
-from fpq_jax import (
-    Generator,
-    Program,
-    QuantSpec,
-    dequantize,
-    gptq,
-    hessian,
-    linear,
-    load,
-    lorc,
-    prepare,
-    quantize_array,
-)
-from fpq_jax._activations import fake_quantize_tokens, quantize_tokens
-from fpq_jax._demo import demo_model_path
-from fpq_jax._formats import E4M3, INT8_ASYM
-from fpq_jax._gptq import output_error
-from fpq_jax._linear import product_kind
-from fpq_jax._residency import resident
+from fpq_jax import Generator, QuantSpec, dequantize, gptq, hessian, linear, load, lorc, prepare, quantize_array
+from fpq_jax._algorithms.output_error import output_error
+from fpq_jax._checkpoints.demo import demo_model_path
+from fpq_jax._matmul.products import product_kind
+from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._numerics.activations import fake_quantize_tokens, quantize_tokens
+from fpq_jax._numerics.formats import E4M3, INT8_ASYM
+from fpq_jax.debug import Program
+from fpq_jax.models.parameters import params_of, with_params
 
 SPECS = {
     "W8A8": QuantSpec(format="e4m3", group_size="channel"),

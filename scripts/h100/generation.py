@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from fpq_jax.models import Llama, LlamaConfig, abstract_model, params_of, with_params
 from h100.common import (
     DATASHEET,
     Clock,
@@ -23,9 +22,12 @@ from h100.common import (
     time_text,
 )
 
-from fpq_jax import Program, QuantSpec, lorc, prepare, quantize_array
-from fpq_jax._generation import GREEDY, prefill, step
-from fpq_jax._rows import row_keys
+from fpq_jax import QuantSpec, lorc, prepare, quantize_array
+from fpq_jax._generation.generator import GREEDY, prefill, step
+from fpq_jax._generation.row_sharding import row_keys
+from fpq_jax.debug import Program
+from fpq_jax.models.llama import Llama, LlamaConfig
+from fpq_jax.models.parameters import abstract_model, params_of, with_params
 
 W8A8 = QuantSpec(format="e4m3", group_size="channel")
 # name -> (weights, LoRC's rank, residency)

@@ -7,13 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fpq_jax.models
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from bench_gptq import torch_gptq
-from fpq_jax.models import Llama, abstract_model, open_checkpoint, params_of
 from h100.common import (
     DATASHEET,
     Clock,
@@ -31,8 +29,11 @@ from h100.generation import config_of
 from safetensors.numpy import save_file
 
 from fpq_jax import QuantSpec, Recipe, gptq, hessian
-from fpq_jax._mesh import make_mesh
-from fpq_jax._pipeline import quantize_checkpoint
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._pipeline.quantize_layers import quantize_checkpoint
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax.models.llama import Llama
+from fpq_jax.models.parameters import abstract_model, params_of, to_hf_tensors
 
 
 def shapes(sizes: Sizes) -> list[tuple[str, tuple[int, int]]]:
@@ -132,7 +133,7 @@ def run_pipeline(sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list
     recipe = Recipe.load("w4a8-fp-m2-lorc").with_group_size(sizes.group_size).with_lorc_rank(8)
     ends = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = open_checkpoint(_write_random_checkpoint(Path(folder), config, layers, rng))
+        checkpoint = HfCheckpoint(_write_random_checkpoint(Path(folder), config, layers, rng))
         began = time.perf_counter()
         for part in quantize_checkpoint(checkpoint, recipe, windows, jnp.bfloat16, make_mesh()):
             if part.results:
@@ -162,6 +163,6 @@ def _write_random_checkpoint(folder: Path, config: Any, layers: int, rng: np.ran
     for path, leaf in params_of(abstract_model(Llama, small)).items():
         # random signs and mantissas at 2**-6
         bits = rng.integers(0, 2**16, leaf.shape, np.uint16) & 0x807F | (121 << 7)
-        tensors |= fpq_jax.models.to_hf_tensors(Llama, {path: bits.view(ml_dtypes.bfloat16)})
+        tensors |= to_hf_tensors(Llama, {path: bits.view(ml_dtypes.bfloat16)})
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -32,9 +32,9 @@ from h100.common import (
 )
 
 from fpq_jax import QTensor, QuantSpec, dequantize, quantize_array
-from fpq_jax.kernels import Fragments, fragments, matmul, of_fragments
-from fpq_jax.kernels._fragments import group_length
-from fpq_jax.kernels._schedule import schedule_for
+from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, group_length, of_fragments
+from fpq_jax._matmul.fp4_kernel.matmul import matmul
+from fpq_jax._matmul.fp4_kernel.schedule import schedule_for
 
 LINEARS = ("bf16", "W4A8 load", "W4A8 kernel", "W4A8 kernel alone", "torch bf16", "torch scaled_mm")
 MODELS = ("W4A8 kernel", "bf16")  # the others are in the part generation

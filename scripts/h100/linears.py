@@ -30,9 +30,10 @@ from h100.common import (
     torch_seconds_of,
 )
 
-from fpq_jax import Program, QuantSpec, linear, quantize_array
-from fpq_jax._residency import resident
-from fpq_jax.kernels import matmul
+from fpq_jax import QuantSpec, linear, quantize_array
+from fpq_jax._matmul.fp4_kernel.matmul import matmul
+from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax.debug import Program
 
 _PACKED = dict.fromkeys(("W4A8 step", "W4A8 kernel", "W4A8 kernel alone"), 0.5)  # bytes a weight
 _FORMS = {"W4A8 step": "step", "W4A8 kernel": "kernel", "W4A8 kernel alone": "kernel"}

@@ -1,0 +1,239 @@
+"""Recipes: what to do to which Linear. Frozen, checked when made, read from the YAML files in configs/."""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from fpq_jax._algorithms.lorc import FactorDtype
+from fpq_jax._errors import FpqError
+from fpq_jax._numerics.qtensor import Kind
+from fpq_jax._numerics.spec import QuantSpec
+
+DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
+_ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that stand beside "weight" in YAML
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lorc:
+    """Low-rank compensation: its rank ("auto": the paper's for the model's size) and what the factors are stored in."""
+
+    rank: int | Literal["auto"] = 8
+    dtype: FactorDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
+        if self.rank != "auto" and not number:
+            raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number or auto.")
+        if self.dtype not in get_args(FactorDtype):
+            raise FpqError(f"lorc: dtype is {self.dtype!r}; it must be one of {', '.join(get_args(FactorDtype))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRecipe:
+    """What happens to one Linear.
+
+    method: "gptq", or "round" to nearest. damping: GPTQ's, as a share of the mean diagonal of the Hessian.
+    """
+
+    spec: QuantSpec = field(default_factory=QuantSpec)
+    method: Literal["gptq", "round"] = "gptq"
+    damping: float = 0.01
+    lorc: Lorc | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "round"):
+            raise FpqError(f"method is {self.method!r}; it must be gptq or round.")
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping < 1:
+            raise FpqError(f"damping is {self.damping!r}; it must be a number between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A change for the Linears whose Hugging Face name fits the shell pattern ``match``: skip them, or do otherwise.
+
+    In a tree that is not one of our models, names are paths, and ``axes`` says what the axes are of the parameters that
+    fit: "in", "out" or "stack" each.
+    """
+
+    match: str
+    change: LinearRecipe | None
+    axes: tuple[Kind, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.axes is not None and not (
+            {"in", "out"} <= set(self.axes) <= set(get_args(Kind)) and self.change is not None
+        ):
+            raise FpqError(
+                f"rule {self.match!r}: axes are {' '.join(self.axes)!r}; each must be in, out or stack, with at least "
+                "one in and one out, of what is quantized."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The default for every Linear of the decoder, and rules; a later rule wins."""
+
+    name: str = "recipe"
+    default: LinearRecipe = field(default_factory=LinearRecipe)
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def load(cls, name: str | Path) -> "Recipe":
+        """A recipe by its name in configs/ or from a YAML file."""
+        path = Path(name)
+        if path.suffix in (".yaml", ".yml") or path.is_file():
+            if not path.is_file():
+                raise FpqError(f"There is no recipe file {path}.")
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        elif str(name) in recipe_names():
+            text = (resources.files("fpq_jax.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+        else:
+            raise FpqError(
+                f"There is no recipe {str(name)!r}{_near(str(name), recipe_names())}; "
+                f"the recipes are {', '.join(recipe_names())}, or name a YAML file."
+            )
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise FpqError(f"Recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
+        try:
+            return cls.from_dict({"name": str(name), **({} if loaded is None else _mapping(loaded, "the file"))})
+        except FpqError as error:
+            raise FpqError(f"Recipe {name}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "Recipe":
+        """A recipe from plain data, as in YAML; the inverse of ``to_dict``."""
+        options = dict(options)
+        name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
+        default = _linear_recipe(LinearRecipe(), options)
+        if not isinstance(rules, list):
+            raise FpqError("rules must be a list.")
+        return cls(name=name, default=default, rules=tuple(_rule(_mapping(r, "a rule"), default) for r in rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: everything that defines the recipe, defaults included."""
+        rules = [
+            {
+                "match": r.match,
+                **({"quantize": False} if r.change is None else _plain(r.change)),
+                **({} if r.axes is None else {"axes": " ".join(r.axes)}),
+            }
+            for r in self.rules
+        ]
+        return {"name": self.name, **_plain(self.default), "rules": rules}
+
+    def with_rule(self, match: str, **options: Any) -> "Recipe":
+        """The same recipe with a last rule, its options as in YAML: ``recipe.with_rule("*head*", quantize=False)``."""
+        return replace(self, rules=(*self.rules, _rule({"match": match, **options}, self.default)))
+
+    def with_group_size(self, group_size: int) -> "Recipe":
+        """The same recipe with another weight group size for every Linear."""
+        return self._map(lambda r: replace(r, spec=replace(r.spec, group_size=group_size)))
+
+    def with_lorc_rank(self, rank: int) -> "Recipe":
+        """The same recipe with ``rank`` where it says auto."""
+
+        def change(r: LinearRecipe) -> LinearRecipe:
+            return replace(r, lorc=replace(r.lorc, rank=rank)) if r.lorc is not None and r.lorc.rank == "auto" else r
+
+        return self._map(change)
+
+    def _map(self, change: Callable[[LinearRecipe], LinearRecipe]) -> "Recipe":
+        rules = tuple(replace(rule, change=rule.change and change(rule.change)) for rule in self.rules)
+        return replace(self, default=change(self.default), rules=rules)
+
+    def for_linears(self, names: Iterable[str]) -> dict[str, LinearRecipe | None]:
+        """What to do to each Linear, None to leave it; a rule that fits none is an error."""
+        names = list(names)
+        chosen: dict[str, LinearRecipe | None] = dict.fromkeys(names, self.default)
+        for rule in self.rules:
+            fitting = self.fitting(rule, names, "Linear")
+            if rule.axes is not None:
+                raise FpqError(
+                    f"Recipe {self.name}: {rule.match!r} says axes, which are for other trees; a Linear's are known."
+                )
+            chosen.update(dict.fromkeys(fitting, rule.change))
+        if not any(chosen.values()):
+            raise FpqError(f"Recipe {self.name} leaves every Linear as it is.")
+        return chosen
+
+    def fitting(self, rule: Rule, names: list[str], what: str) -> list[str]:
+        """The names that a rule fits; none is an error."""
+        fitting = fnmatch.filter(names, rule.match)
+        if not fitting:
+            raise FpqError(f"Recipe {self.name}: no {what} fits {rule.match!r}{_near(rule.match, names)}.")
+        return fitting
+
+    def about(self, names: list[str]) -> "Recipe":
+        """The recipe without the rules that fit none of the names."""
+        return replace(self, rules=tuple(rule for rule in self.rules if fnmatch.filter(names, rule.match)))
+
+
+def recipe_names() -> list[str]:
+    """The recipes in configs/."""
+    files = resources.files("fpq_jax.configs").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
+    match, wanted = options.pop("match", None), options.pop("quantize", True)
+    axes = options.pop("axes", None)
+    if not isinstance(match, str):
+        raise FpqError("a rule needs match, a pattern of Linear names such as '*.down_proj'.")
+    if axes is not None and not isinstance(axes, str):
+        raise FpqError(f"rule {match!r}: axes must be words such as 'in out'.")
+    if wanted is False:
+        if options or axes:
+            raise FpqError(f"rule {match!r} says quantize: false, so {', '.join(options) or 'axes'} has no meaning.")
+        return Rule(match=match, change=None)
+    kinds: Any = None if axes is None else tuple(axes.split())
+    return Rule(match=match, change=_linear_recipe(default, options), axes=kinds)
+
+
+def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
+    """``base`` with the YAML's keys applied."""
+    _check_keys(options, ("weight", *_ACTIVATION, "method", "damping", "lorc"), "")
+    weight = _mapping(options.pop("weight", None) or {}, "weight")
+    _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name not in _ACTIVATION), "weight: ")
+    weight |= {key: options.pop(key) for key in _ACTIVATION if key in options}
+    if "lorc" in options and options["lorc"] is not None:
+        lorc = _mapping(options["lorc"], "lorc")
+        _check_keys(lorc, tuple(f.name for f in dataclasses.fields(Lorc)), "lorc: ")
+        options["lorc"] = Lorc(**lorc)
+    return replace(base, spec=replace(base.spec, **weight), **options)
+
+
+def _plain(recipe: LinearRecipe) -> dict[str, Any]:
+    weight = recipe.spec.to_dict()
+    return {
+        **{key: weight.pop(key) for key in _ACTIVATION},
+        "weight": weight,
+        "method": recipe.method,
+        "damping": recipe.damping,
+        "lorc": recipe.lorc and dataclasses.asdict(recipe.lorc),
+    }
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise FpqError(f"{what} must be a mapping of names to values.")
+    return dict(value)
+
+
+def _check_keys(options: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for key in options:
+        if key not in allowed:
+            raise FpqError(f"{where}unknown key {key!r}{_near(key, allowed)}; the keys are {', '.join(allowed)}.")
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

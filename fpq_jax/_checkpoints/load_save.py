@@ -1,0 +1,117 @@
+"""Models and trees, from a folder and to one."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._checkpoints.model_folder import QuantizedCheckpoint, write_params
+from fpq_jax._checkpoints.sources import abstract_leaves, open_model, resolve_model
+from fpq_jax._checkpoints.tree_folder import is_tree_dir, read_tree, write_tree
+from fpq_jax._errors import FpqError
+from fpq_jax._matmul.weight_layouts import Residency, check_any_for_kernel, check_residency
+from fpq_jax._storage.orbax_parts import arrays_of
+from fpq_jax._support.machine import arithmetic_dtype
+from fpq_jax._support.new_directory import new_directory
+from fpq_jax._support.trees import Flat
+from fpq_jax.models.decoder import Decoder
+from fpq_jax.models.parameters import build_model, part_names
+from fpq_jax.models.prepare import on_mesh, prepare_in_place
+from fpq_jax.models.sharding import check_division, shardings
+
+
+def save(directory: str | Path, model: Any) -> None:
+    """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything.
+
+    ``model``: one of our models, or any tree of arrays and QTensors.
+    """
+    if not isinstance(model, Decoder):
+        with new_directory(Path(directory)) as folder:
+            write_tree(folder, model)
+        return
+    if model.prepared:
+        raise FpqError("A model that was prepared to be run cannot be saved; load it without expand, and save that.")
+    config = model.config.to_hf()
+    with new_directory(Path(directory)) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_params(folder, model)
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    expand: Residency | None = None,
+    mesh: Mesh | None = None,
+    like: Any = None,
+) -> Any:
+    """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
+
+    ``dtype`` is what the unquantized parameters are held in, by default as stored (float32 for float16 to be run on a
+    CPU, which has no such products). ``expand`` prepares the model to be run (see ``prepare``): "load" turns packed
+    4-bit codes into FP8 once, exactly, where their scales allow it; "step" leaves them packed, half the memory, and
+    expands them in each product; "kernel" lays them out for our own kernel, which has not been measured on a GPU yet.
+    None leaves everything as stored, for
+    ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
+    device reads its own part. Raises FpqError.
+
+    For any other tree that ``save`` wrote: ``like`` is the tree before or after it was quantized, of arrays or
+    shapes, or a function that makes it, and says the structure, and with its shardings where each array goes; no other
+    option applies (see ``expand_params``).
+    """
+    if expand is not None:
+        check_residency(expand, None if mesh is None else mesh.size)
+    folder = resolve_model(directory)
+    if like is not None or is_tree_dir(folder):
+        return _load_tree(folder, like, dtype=dtype, expand=expand, mesh=mesh)
+    checkpoint = open_model(folder)
+    if expand is not None:
+        check_any_for_kernel(abstract_leaves(checkpoint), expand)
+    if mesh is not None:
+        check_division(checkpoint.model_class, checkpoint.model_config, mesh)
+    if expand is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:
+        dtype = arithmetic_dtype(checkpoint.dtype)
+    if dtype is None and isinstance(checkpoint, HfCheckpoint):
+        dtype = checkpoint.dtype
+    params: Flat = {}
+    for name in part_names(checkpoint.model_config):
+        # on the devices part by part: the host holds one layer at a time
+        params |= _read_onto(checkpoint, name, dtype, mesh)
+    model = build_model(checkpoint.model_class, checkpoint.model_config, params)
+    model = model if mesh is None else on_mesh(model, mesh)
+    del params  # so that what preparing replaces is freed
+    return model if expand is None else prepare_in_place(model, expand)
+
+
+def _load_tree(folder: Path, like: Any, **options: Any) -> Any:
+    if not is_tree_dir(folder):
+        raise FpqError(f"{folder} is a model of fpq_jax's own and no other tree; load it without like.")
+    if like is None:
+        raise FpqError(
+            f"{folder} holds a tree; say its structure: load(directory, like=params or a function that makes it)."
+        )
+    if given := [name for name, value in options.items() if value is not None]:
+        raise FpqError(f"{folder} holds a tree, to which {given[0]} does not apply; load it with like alone.")
+    return read_tree(folder, like)
+
+
+def _distributed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _read_onto(checkpoint: QuantizedCheckpoint | HfCheckpoint, name: str, dtype: Any, mesh: Mesh | None) -> Flat:
+    """A part's parameters on the default device, or divided over the mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, checkpoint.read_part(name, dtype))
+    place = partial(shardings, checkpoint.model_class, checkpoint.model_config, mesh=mesh)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        where = {path: arrays_of(leaf) for path, leaf in place(checkpoint.abstract_part(name)).items()}
+        return checkpoint.read_part(name, dtype, lambda path, part: where[path][part])
+    params = checkpoint.read_part(name, dtype)
+    return jax.tree.map(_distributed, params, place(params))

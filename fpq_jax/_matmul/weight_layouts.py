@@ -1,0 +1,67 @@
+"""What is done once to weights that are loaded to be multiplied: in which form they stay in memory.
+
+- "load": whatever has an FP8 form is expanded to it, a byte per weight, and padded to FP8's multiple: fastest.
+- "step": 4-bit codes stay packed, half a byte per weight, and are expanded inside each product: for models that would
+  not fit otherwise, and where many tokens share the expansion;
+- "kernel": 4-bit codes are laid out for our own kernel (see ``kernels``), half a byte per weight, and not expanded
+  where the tokens are few. It has not been measured: no GPU has run it yet.
+
+All are exact, so they give the same results ("kernel" but for the order of float32 sums, and without the rounding to
+bfloat16 of weights with free scales).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from fpq_jax._errors import FpqError
+from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, of_fragments, takes
+from fpq_jax._matmul.fp4_kernel.matmul import check_device
+from fpq_jax._matmul.products import FP8_MULTIPLE, product_kind
+from fpq_jax._numerics.qtensor import QTensor, expand, pad_to
+
+Residency = Literal["load", "step", "kernel"]
+
+
+def check_residency(how: Any, devices: int | None = None) -> None:
+    """FpqError for other names, and for the kernel where it cannot be; ``devices``: of a mesh, if there is one."""
+    if how not in get_args(Residency):
+        raise FpqError(f"expand is {how!r}; it must be {', '.join(get_args(Residency)[:-1])} or kernel.")
+    if how == "kernel":
+        check_device()
+        if devices is not None:
+            raise FpqError("The kernel multiplies on one device, without a mesh; expand with load or step.")
+
+
+def check_any_for_kernel(leaves: Iterable[Any], how: str) -> None:
+    """FpqError if our kernel is asked for and none of a model's parameters is for it."""
+    fits = lambda leaf: isinstance(leaf, Fragments) or (isinstance(leaf, QTensor) and takes(leaf))
+    if how == "kernel" and not any(map(fits, leaves)):
+        raise FpqError(
+            "No weight here is for the kernel, which multiplies weights in e2m1, e3m0 or int4 by activations in e4m3; "
+            "expand with load or step."
+        )
+
+
+def resident(kernel: Any, how: str, *, pad: bool = True) -> Any:
+    """A kernel in the form in which it stays in memory; arrays, and weights without an FP8 form, stay as they are.
+    With "kernel", what our kernel is not for is as with "load".
+
+    ``pad`` False leaves padding to ``linear``: zeros behind the last row or column would move the parts of a weight
+    that is divided over devices.
+    """
+    if not isinstance(kernel, QTensor | Fragments):
+        return kernel
+    kernel = of_fragments(kernel)
+    if how == "kernel" and takes(kernel):
+        return fragments(kernel)
+    if how != "step" and kernel.has_fp8_form and product_kind(kernel) != "int8":
+        kernel = expand(kernel)
+    if pad and kernel.spec.format.is_float8 and product_kind(kernel) == "fp8":
+        kernel = replace(kernel, codes=pad_to(kernel.codes, FP8_MULTIPLE, FP8_MULTIPLE))
+    return kernel
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is a QTensor, or one laid out for our kernel."""
+    return isinstance(leaf, QTensor | Fragments)

@@ -1,0 +1,245 @@
+"""QTensor, the quantized weight: codes, scales and a low-rank correction in one pytree leaf-to-be.
+
+Logical shape [in, out] like a Flax kernel; codes are stored [out, in], contraction last, as FP8 tensor cores want them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from fpq_jax._errors import FpqError
+from fpq_jax._numerics.formats import E4M3, decode, encode, pack, unpack
+from fpq_jax._numerics.scales import Scale, group_scale, power_of_two, row_reference
+from fpq_jax._numerics.spec import QuantSpec
+
+Kind = Literal["stack", "in", "out"]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The parameter that a QTensor stands for: what each of its axes is, and the sizes of those that are no stack.
+
+    A weight's inputs and outputs may be several axes each; over "stack" axes there is a weight of its own for each
+    index. A QTensor's arrays have its stack axes in front, as many as there are left after a scan or an index.
+    """
+
+    kinds: tuple[Kind, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, kinds: Sequence[Kind], shape: Sequence[int], dtype: DTypeLike) -> "Axes":
+        """Of a parameter of this shape and dtype."""
+        sizes = tuple(n for n, kind in zip(shape, kinds, strict=True) if kind != "stack")
+        return cls(tuple(kinds), sizes, str(jnp.dtype(dtype)))
+
+    def with_stack(self, count: int) -> "Axes":
+        """With ``count`` stack axes: leading ones are gone, or new ones are in front."""
+        kinds: list[Kind] = list(self.kinds)
+        for _ in range(self.kinds.count("stack"), count):
+            kinds.insert(0, "stack")
+        for _ in range(count, self.kinds.count("stack")):
+            kinds.remove("stack")
+        return replace(self, kinds=tuple(kinds))
+
+    def shape(self, stack: Sequence[int]) -> tuple[int, ...]:
+        """The parameter's shape; ``stack``: the sizes of its stack axes."""
+        stacks, sizes = iter(stack), iter(self.sizes)
+        return tuple(next(stacks) if kind == "stack" else next(sizes) for kind in self.kinds)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """The product a @ diag(scale) @ b: a [in, r], b [r, out], bfloat16, or INT8 codes with ``scale`` float32 [r]."""
+
+    a: Any
+    b: Any
+    scale: Any = None
+
+    def product(self) -> Float[Array, "in out"]:
+        """The correction in float32."""
+        a = self.a.astype(jnp.float32)
+        a = a if self.scale is None else a * self.scale
+        return jnp.matmul(a, self.b.astype(jnp.float32), precision="highest")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized weight of logical shape [in, out]; a pytree of arrays whose ``spec`` and ``shape`` are static.
+
+    codes: float8, int8 or uint8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)]. Float8 ones may be
+        padded with zeros (see ``_residency``); ``shape`` is what counts.
+    row_scale: float32 [out, 1] ([1, 1] for one scale per tensor); None when every group has a free scale of its own.
+    exponents: int8 [out, groups] under M1 and M2: a group's scale is row_scale * 2**exponent.
+    group_scale: float32 [out, groups]: free scales of several groups.
+    zero: uint8, shaped like the scale: zero points of asymmetric integers, whose values are scale * (level - zero).
+    input_scale, input_zero: float32 and uint8 [1]: static scale (and zero point) of the activations.
+    low_rank: LoRC's correction, or None.
+    axes: of the parameter that it stands for, where that has not just the axes [in, out].
+    """
+
+    codes: Any
+    row_scale: Any = None
+    exponents: Any = None
+    group_scale: Any = None
+    zero: Any = None
+    input_scale: Any = None
+    input_zero: Any = None
+    low_rank: LowRank | None = None
+    spec: QuantSpec = field(kw_only=True, metadata={"static": True})
+    shape: tuple[int, int] = field(kw_only=True, metadata={"static": True})
+    axes: Axes | None = field(kw_only=True, default=None, metadata={"static": True})
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Of how many weights, by axis: arrays made under vmap have such axes in front."""
+        return tuple(self.codes.shape[:-2])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights, those of a stack of tensors (made under vmap) together."""
+        return math.prod(self.stack) * math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored (codes, scales, exponents, low-rank factors) over the number of weights."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def has_fp8_form(self) -> bool:
+        """Whether one full-K FP8 product computes it: FP8 codes or an exact expansion, no free group scales."""
+        return self.group_scale is None and self.spec.format.expands
+
+
+def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
+    """Round ``w`` [in, out] to nearest under ``spec``. Jittable and vmappable; ``w`` must be finite."""
+    w = w.astype(jnp.float32)
+    in_features, out_features = w.shape
+    reference = row_reference(w, spec)
+    groups, length = spec.num_groups(in_features), spec.group_length(in_features)
+    grouped = jnp.pad(w, ((0, groups * length - in_features), (0, 0))).reshape(groups, length, out_features)
+    real = jnp.asarray(np.arange(groups * length) < in_features, jnp.float32).reshape(groups, length)
+    scales = jax.vmap(lambda g, weight: group_scale(g, reference, weight, spec, in_features))(grouped, real)
+    codes = encode(jax.tree.map(lambda m: m[:, None, :], scales).divided(grouped, spec.format), spec.format)
+    return assemble(codes.reshape(groups * length, out_features)[:in_features], scales, reference, spec)
+
+
+def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, spec: QuantSpec) -> QTensor:
+    """A QTensor of codes in logical orientation, each group's scale [groups, out], and the rows' reference."""
+    in_features, out_features = codes.shape
+    parts: dict[str, Any] = {}
+    shared = slice(1) if spec.group_size == "tensor" else slice(None)  # one scale for all rows
+    if len(scales.scale) == 1:
+        parts["row_scale"] = scales.scale[0, shared, None]
+    elif spec.constraint:
+        parts |= {"row_scale": reference.scale[:, None], "exponents": scales.exponent.T}
+    else:
+        parts["group_scale"] = scales.scale.T
+    if spec.format.asymmetric:
+        parts["zero"] = scales.zero[:, shared].T.astype(jnp.uint8)
+    codes = pack(codes.T) if spec.format.packed else codes.T
+    return QTensor(codes, **parts, spec=spec, shape=(in_features, out_features))
+
+
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "*stack in out"]:
+    """The weight that ``q`` stands for, [in, out] (stacked as ``q`` is), computed in float32.
+
+    ``low_rank`` False leaves LoRC out.
+    """
+    if q.codes.ndim > 2:
+        return jax.vmap(lambda one: dequantize(one, dtype, low_rank=low_rank))(q)
+    in_features, out_features = q.shape
+    codes = unpack(q.codes, in_features) if q.spec.format.packed else q.codes
+    w = decode(codes, q.spec.format)[:out_features, :in_features]
+    if q.zero is not None:
+        w = w - _per_weight(q.zero, q)
+    w = (w * _per_weight(group_scales(q), q)).T
+    if low_rank and q.low_rank is not None:
+        w = w + q.low_rank.product()
+    return w.astype(dtype)
+
+
+def group_scales(q: QTensor) -> Float[Array, "out groups"]:
+    """Every group's scale; one column when a row has one."""
+    if q.group_scale is not None:
+        return q.group_scale
+    return q.row_scale if q.exponents is None else q.row_scale * power_of_two(q.exponents)
+
+
+def _per_weight(values: Shaped[Array, "out groups"], q: QTensor) -> Shaped[Array, "out in"]:
+    """Group values repeated over their groups' inputs; a single column is left to broadcast."""
+    if values.shape[1] == 1:
+        return values
+    return jnp.repeat(values, q.spec.group_length(q.shape[0]), axis=1)[:, : q.shape[0]]
+
+
+def expand(q: QTensor) -> QTensor:
+    """The same weight with 8-bit codes and row factors only, exactly; needs M1, M2 or one scale a row.
+
+    4-bit codes become float8_e4m3fn with the group's power of two folded in; FP8 codes stay. Free group scales, formats
+    that FP8 does not hold and exponents outside the exact range have no such form: FpqError. (Traced exponents cannot
+    be looked at and are taken as valid, which every QTensor made here is.)
+    """
+    if q.codes.ndim > 2:
+        return jax.vmap(expand)(q)
+    fmt = q.spec.format
+    if fmt.is_float8:
+        return q
+    if not fmt.expands:
+        raise FpqError(f"A weight in {fmt} has no exact FP8 form; e2m1, e3m0 and int4 have one.")
+    if not q.has_fp8_form:
+        raise FpqError("A weight with free group scales has no exact FP8 form; quantize it with constraint m1 or m2.")
+    codes = unpack(q.codes, q.shape[0])
+    spec = replace(
+        q.spec,
+        format=E4M3,
+        group_size="channel" if q.row_scale.shape[0] > 1 else q.spec.group_size,
+        constraint=None,
+        compute_rows=1,
+    )
+    if q.exponents is None:
+        return replace(q, codes=decode(codes, fmt, jnp.float8_e4m3fn), spec=spec)
+    check_exponents(q)
+    low, high = fmt.exact_shifts
+    # one byte table per shift: adding to the exponent field would be wrong for 0 and subnormals
+    shifted = np.asarray(fmt.table, np.float64) * 2.0 ** np.arange(low, high + 1)[:, None]
+    table = shifted.astype(jnp.float8_e4m3fn)
+    index = _per_weight((q.exponents - low).astype(jnp.uint8), q) * 16 + codes
+    return replace(q, codes=jnp.asarray(table.ravel())[index], exponents=None, spec=spec)
+
+
+def check_exponents(q: QTensor) -> None:
+    """FpqError for exponents, where there are any to look at, with which ``expand`` would not be exact."""
+    if q.exponents is None or isinstance(q.exponents, (jax.core.Tracer, jax.ShapeDtypeStruct)) or not q.exponents.size:
+        return
+    low, high = q.spec.format.exact_shifts
+    with jax.ensure_compile_time_eval():  # they may be constants of a function that is being traced
+        found = int(jnp.min(q.exponents)), int(jnp.max(q.exponents))
+    if found[0] < low or found[1] > high:
+        raise FpqError(
+            f"Exponents {found[0]} to {found[1]} are outside {low} to {high}, where {q.spec.format} expands exactly."
+        )
+
+
+def pad_to(codes: Shaped[Array, "out in"], rows: int, columns: int) -> Shaped[Array, "outs ins"]:
+    """Zeros behind the last row and column, up to multiples of ``rows`` and ``columns``."""
+    more = [(0, -size % multiple) for size, multiple in zip(codes.shape, (rows, columns), strict=True)]
+    return jnp.pad(codes, more) if any(after for _, after in more) else codes

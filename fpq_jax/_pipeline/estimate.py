@@ -1,0 +1,196 @@
+"""What a job will take, found out before it starts: memory of the host and of each device, and disk.
+
+A program's memory is XLA's own analysis of it: the largest ones are compiled here, and run later.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.quantize_linears import abstract_solve, solved_together
+from fpq_jax._algorithms.recipe import LinearRecipe
+from fpq_jax._errors import FpqError
+from fpq_jax._numerics.qtensor import quantize_array
+from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
+from fpq_jax._pipeline.calibration import abstract_accumulate
+from fpq_jax._pipeline.layerwise import abstract_losses
+from fpq_jax._support.console import size_text
+from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
+from fpq_jax._support.trees import Flat, stored_bytes
+from fpq_jax.models.parameters import params_of
+from fpq_jax.models.spec import Skeleton
+
+_PROGRAMS = 320 * 2**20  # measured: what compiling the other programs and the libraries not yet in use take
+_MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's own losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes. host: of the process; ``resident``: what it has already.
+
+    Of it ``per_window`` for each of ``windows`` of calibration, or of ``evaluated`` ones, if those are more. device: on
+    each one, at most. disk: of the result. free_*: what there is, None where nothing says; the host's memory is the
+    device's on a CPU, and counted there.
+    """
+
+    host: int
+    resident: int
+    per_window: int
+    device: int
+    disk: int
+    windows: int
+    evaluated: int
+    free_host: int | None
+    free_device: int | None
+    free_disk: int
+
+    def __str__(self) -> str:
+        of = lambda size, free: f"{size_text(size)}{f' of {size_text(free)}' if free is not None else ''}"
+        device = "" if self.free_device is None else f", {of(self.device, self.free_device)} on each device"
+        host = of(self.host, None if self.free_host is None else self.free_host + self.resident)
+        return f"Needs about {host} of memory{device}, {of(self.disk, self.free_disk)} of disk."
+
+    @property
+    def _fits_device(self) -> bool:
+        return self.free_device is None or self.device * _MARGIN <= self.free_device
+
+    @property
+    def _fits_host(self) -> bool:
+        return self.free_host is None or (self.host - self.resident) * _MARGIN <= self.free_host
+
+    def check(self, place: Path, smallest: Callable[[], "Estimate"], smallest_batch: int) -> None:
+        """FpqError for what cannot fit, with what would.
+
+        ``place``: where the result will be; ``smallest``: the estimate with batches of ``smallest_batch`` tokens.
+        """
+        if not self._fits_device:
+            fewer = f"--batch-tokens {smallest_batch} would fit"
+            remedy = fewer if smallest()._fits_device else "one layer of this model needs a device with more memory"
+            raise FpqError(
+                f"A layer takes about {size_text(self.device)} of a device's memory and "
+                f"{size_text(self.free_device or 0)} are free; {remedy}."
+            )
+        if not self._fits_host:
+            assert self.free_host is not None
+            alone = self.host - self.per_window * max(self.windows, self.evaluated)
+            fit = int((self.free_host / _MARGIN + self.resident - alone) // self.per_window)
+            if fit > 0:
+                given = {"--num-samples": self.windows, "--max-windows": self.evaluated}
+                remedy = f"{' '.join(f'{flag} {fit}' for flag, n in given.items() if n > fit)} would fit"
+            elif smallest()._fits_host:
+                remedy = f"--batch-tokens {smallest_batch} would fit"
+            else:
+                remedy = "use a shorter --seq-len, or more memory"
+            raise FpqError(
+                f"Quantizing takes about {size_text(self.host)} of memory, of which {size_text(self.resident)} are "
+                f"taken and {size_text(self.free_host)} free; {remedy}."
+            )
+        if self.disk * _MARGIN > self.free_disk:
+            raise FpqError(
+                f"The result takes about {size_text(self.disk)} and {place} has {size_text(self.free_disk)} left; "
+                "make room there or name another --output."
+            )
+
+
+def estimate(
+    skeleton: Skeleton,
+    recipes: dict[str, LinearRecipe | None],
+    windows: tuple[int, int],
+    evaluated: int,
+    mesh: Mesh,
+    place: Path,
+    written: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Estimate:
+    """Of quantizing with ``windows`` (count, tokens) and evaluating so many windows at once.
+
+    ``recipes``: what is to be done to each kernel, by path; the layer with the most decides. ``written`` bytes are on
+    the disk already.
+    """
+    count, length = windows
+    config = skeleton.config
+    layer = params_of(skeleton.layer())
+    by_layer = [
+        {path: r for path in layer if (r := recipes.get(f"layers.{i}.{path}")) is not None}
+        for i in range(config.num_hidden_layers)
+    ]
+    size = batch_size(count, length, mesh, batch_tokens)
+    hardest = max(by_layer, key=len)
+    device, hessians = 0, 0
+    if hardest:
+        program, sharing, hessians = abstract_accumulate(skeleton.layer(), hardest, mesh, (size, length), skeleton)
+        # the next batch is on its way meanwhile
+        device = _program_bytes(program) + size // mesh.size * length * config.hidden_size * skeleton.dtype.itemsize
+        for unit in _largest(solved_together(hardest, sharing, layer), layer):
+            shape = (layer[unit[0]].shape[0], sum(layer[path].shape[1] for path in unit))
+            program = abstract_solve(shape, skeleton.dtype, hardest[unit[0]], mesh)
+            device = max(device, hessians - shape[0] ** 2 * 4 + _program_bytes(program))
+    outer = params_of(skeleton.without_layers())
+    eval_size = batch_size(evaluated, length, mesh, batch_tokens)
+    device = max(device, _program_bytes(abstract_losses(skeleton, outer, (eval_size, length), mesh)))
+
+    per_window = length * config.hidden_size * skeleton.dtype.itemsize
+    layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)
+    embedding = sum(stored_bytes(leaf) for p, leaf in outer.items() if p.startswith(skeleton.model_class.EMBEDDING))
+    quantized = [_quantized_bytes(layer, chosen) for chosen in by_layer]
+    processes = jax.process_count()
+    # this layer and the next one, and, of one tensor, its copies as it is read
+    largest = max(stored_bytes(leaf) for leaf in (layer | outer).values())
+    host = 2 * layer_bytes + 3 * largest + max(quantized) + max(embedding, outer_bytes - embedding)
+    host += max(count, evaluated) * per_window // processes
+    free_device = free_device_memory()
+    if on_cpu():
+        host += device * len(mesh.local_devices)
+    resident = resident_memory()
+    return Estimate(
+        host=resident + host + _PROGRAMS,
+        resident=resident,
+        per_window=per_window // processes,
+        device=device,
+        disk=max(0, sum(quantized) + outer_bytes - written),
+        windows=count,
+        evaluated=evaluated,
+        free_host=free_host_memory(),
+        free_device=free_device,
+        free_disk=free_disk(place),
+    )
+
+
+def _largest(units: list[tuple[str, ...]], layer: Flat) -> list[tuple[str, ...]]:
+    """Those whose solution takes most: of the most inputs, and of the most weights."""
+    inputs = lambda unit: layer[unit[0]].shape[0]
+    weights = lambda unit: sum(layer[path].size for path in unit)
+    return list({max(units, key=inputs), max(units, key=weights)})
+
+
+def _program_bytes(program: Any) -> int:
+    """Of a lowered program, on each device."""
+    memory = program.compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def _quantized_bytes(layer: Flat, chosen: dict[str, LinearRecipe]) -> int:
+    total = 0
+    for path, leaf in layer.items():
+        recipe = chosen.get(path)
+        total += stored_bytes(leaf if recipe is None else jax.eval_shape(partial(_quantized, recipe=recipe), leaf))
+    return total
+
+
+def _quantized(w: Any, recipe: LinearRecipe) -> Any:
+    q = quantize_array(w, recipe.spec)
+    if recipe.lorc is None:
+        return q
+    assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
+    return lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype)

@@ -1,0 +1,189 @@
+"""Perplexity of a model that is read layer by layer, which may be larger than the memory."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._checkpoints.model_folder import QuantizedCheckpoint
+from fpq_jax._errors import FpqError
+from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size, windows_at_once
+from fpq_jax._pipeline.layerwise import embed, forward, token_losses
+from fpq_jax._pipeline.perplexity import Perplexity, of_losses
+from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows, is_tail, load_tokenizer, window_length
+from fpq_jax._support.console import progress
+from fpq_jax._support.machine import arithmetic_dtype
+from fpq_jax._support.mesh import sum_over_processes
+from fpq_jax._support.placement import everywhere, replicate
+from fpq_jax._support.prefetch import ahead
+from fpq_jax._support.trees import Flat, below, stored_bytes
+from fpq_jax.models.kv_cache import CacheShape
+from fpq_jax.models.parameters import EMBEDDING, HEAD, params_of, part_names, with_params
+from fpq_jax.models.prepare import prepare_in_place
+from fpq_jax.models.spec import Skeleton
+
+Reader = Callable[[str], Flat]  # the parameters of a part, by path
+Checkpoint = QuantizedCheckpoint | HfCheckpoint
+_DEFAULT_TEXT = "wikitext2"
+
+
+class Evaluation(NamedTuple):
+    """Perplexity by text, and the bytes of all weights as they were in memory, one layer after the other."""
+
+    values: dict[str, Perplexity]
+    weight_bytes: int
+
+
+def perplexities(
+    skeleton: Skeleton,
+    read: Reader,
+    texts: Mapping[str, Int[np.ndarray, "N L"]],
+    mesh: Mesh,
+    *,
+    expand: str = "load",
+    cache: CacheShape | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    read_ahead: bool = True,
+    title: str = "",
+) -> Evaluation:
+    """Perplexity of a model whose parts are read one after the other, on texts of windows of one length.
+
+    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``expand`` is the weights' form,
+    see ``prepare``; with ``cache`` keys and values are what such a cache gives back, as in generation. Where the hidden
+    states of all windows would be too much for the host, the model is read again for each piece of them.
+    """
+    windows = np.concatenate(list(texts.values()))
+    size = batch_size(len(windows), windows.shape[1], mesh, batch_tokens)
+    at_once = windows_at_once(len(windows), windows.shape[1], skeleton, mesh, batch_tokens)
+    sums, weight_bytes = np.zeros(len(windows)), 0
+    pieces = range(0, len(windows), at_once)
+    layers = skeleton.config.num_hidden_layers
+    with progress(f"{title}perplexity on {', '.join(texts)}", len(pieces) * layers) as advance:
+        for start in pieces:
+            piece = slice(start, start + at_once)
+            sums[piece], weight_bytes = _losses_of(
+                skeleton, read, Batches.of(windows[piece], mesh, size), expand, cache, read_ahead, advance
+            )
+    ends = np.cumsum([len(w) for w in texts.values()])
+    each = zip(texts, np.split(sums, ends[:-1]), strict=True)
+    return Evaluation({name: of_losses(own, windows.shape[1]) for name, own in each}, weight_bytes)
+
+
+def perplexities_of(
+    checkpoint: Checkpoint,
+    texts: Mapping[str, Int[np.ndarray, "N L"]],
+    mesh: Mesh,
+    *,
+    dtype: DTypeLike | None = None,
+    expand: str = "load",
+    cache: CacheShape | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Evaluation:
+    """``perplexities`` of a model's folder; ``dtype`` of the unquantized arithmetic, by default the checkpoint's."""
+    dtype = arithmetic_dtype(checkpoint.dtype, dtype)
+    one_reads = isinstance(checkpoint, HfCheckpoint)
+    if isinstance(checkpoint, HfCheckpoint):
+        read = partial(checkpoint.read_part, dtype=dtype)
+    else:
+        own = None if dtype == checkpoint.dtype else dtype
+        read = partial(checkpoint.read_part, dtype=own, sharding=everywhere(mesh))
+    return perplexities(
+        Skeleton(checkpoint.model_class, checkpoint.model_config, dtype),
+        read,
+        texts,
+        mesh,
+        expand=expand,
+        cache=cache,
+        batch_tokens=batch_tokens,
+        read_ahead=one_reads or jax.process_count() == 1,
+    )
+
+
+def texts_of(
+    checkpoint: Checkpoint, specs: Sequence[str], *, seq_len: int | None, max_windows: int | None
+) -> dict[str, Windows]:
+    """The texts to measure a model on, in windows of its tokenizer's tokens.
+
+    Without ``specs``, those of the report of a quantized model, windows as there so that the numbers can be compared;
+    WikiText-2 for a model without one.
+    """
+    folder, config = checkpoint.folder, checkpoint.model_config
+    tokenizer = load_tokenizer(folder)
+    length, calibration = seq_len, None
+    reported = isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.is_packed
+    if not specs and reported:
+        specs, calibration = _texts_of_report(folder)
+        length = length or calibration["seq_len"]
+        max_windows = max_windows or calibration["max_windows"]
+    length = window_length(length, config.max_position_embeddings)
+    texts: dict[str, Windows] = {}
+    for spec in specs or (_DEFAULT_TEXT,):
+        if calibration is not None and is_tail(spec):
+            windows = calibration_text(
+                calibration["spec"],
+                tokenizer,
+                num_samples=calibration["requested_samples"],
+                length=length,
+                seed=0,
+                hold_back=True,
+                vocab_size=config.vocab_size,
+            ).tail
+            assert windows is not None
+        else:
+            windows = evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size)
+        texts[spec] = windows[:max_windows]
+    return texts
+
+
+def _texts_of_report(folder: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The texts that a model was measured on, and what it was calibrated on."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return tuple(report["perplexity"]), report["calibration"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FpqError(f"{folder} has no readable report.json to take the texts from; name --eval.") from error
+
+
+def _losses_of(
+    skeleton: Skeleton,
+    read: Reader,
+    batches: Batches,
+    expand: str,
+    cache: CacheShape | None,
+    read_ahead: bool,
+    advance: Callable[[], None],
+) -> tuple[np.ndarray, int]:
+    """Each window's sum of losses, and the bytes of weights."""
+    mesh = batches.mesh
+    _, *layers, _ = part_names(skeleton.config)
+    outer = replicate(read(EMBEDDING), mesh)
+    hidden = embed(skeleton, outer, batches)
+    weight_bytes = stored_bytes(outer)
+    if not skeleton.config.tie_word_embeddings:
+        outer = {}
+    reading = ahead(read, layers) if read_ahead else map(read, layers)
+    for name in layers:
+        params = below(replicate(next(reading), mesh), f"{name}.")
+        own = {f"layers.0.{path}": leaf for path, leaf in params.items()}
+        layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
+        del params, own
+        weight_bytes += stored_bytes(params_of(layer))
+        forward(layer, hidden, mesh, cache)
+        del layer
+        advance()
+    head = replicate(read(HEAD), mesh)
+    weight_bytes += stored_bytes(head)
+    sums = np.zeros(batches.count)
+    for found, real, index in zip(
+        token_losses(skeleton, outer | head, hidden, batches), batches.real, batches.index, strict=True
+    ):
+        sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
+    return sum_over_processes(sums), weight_bytes

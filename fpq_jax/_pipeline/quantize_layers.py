@@ -1,0 +1,152 @@
+"""Layer after layer: capture what each Linear sees, quantize it, go on behind the quantized layer.
+
+Only one layer's weights and Hessians are alive at a time, and the next one's weights, which are read meanwhile; the
+hidden states of the calibration windows stay on the host between layers.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
+from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
+from fpq_jax._algorithms.statistics import Seen
+from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
+from fpq_jax._pipeline.calibration import Activations, activations_of, calibrate
+from fpq_jax._pipeline.layerwise import embed, forward
+from fpq_jax._support.placement import replicate
+from fpq_jax._support.prefetch import ahead
+from fpq_jax._support.trees import Flat, below
+from fpq_jax.models.parameters import EMBEDDING, HEAD, linear_name, part_names, with_params
+from fpq_jax.models.spec import Skeleton
+
+
+@dataclass
+class Part:
+    """Some parameters of the quantized model, by path, on the mesh; kernels are QTensors whose outputs may be divided.
+
+    name: "embedding", "layers.0", ..., "head". results: of its Linears, in order. seconds: by stage.
+    """
+
+    name: str
+    params: Flat
+    results: list[LinearResult] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Stages(dict[str, float]):
+    """Seconds by stage."""
+
+    def add(self, stage: str, seconds: float) -> None:
+        self[stage] = self.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.add(stage, time.perf_counter() - began)
+
+
+def linears(checkpoint: HfCheckpoint) -> dict[str, str]:
+    """Path of each decoder Linear's kernel -> the Linear's name in the Hugging Face checkpoint."""
+    kernels = (path for path in checkpoint.shapes if path.startswith("layers.") and path.endswith(".kernel"))
+    return {path: linear_name(checkpoint.model_class, path) for path in kernels}
+
+
+def quantize_checkpoint(
+    checkpoint: HfCheckpoint,
+    recipe: Recipe,
+    windows: Int[np.ndarray, "N L"],
+    dtype: DTypeLike,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    finished: Mapping[str, Callable[[], Flat]] | None = None,
+    first_layer: dict[Activations, Seen] | None = None,
+) -> Iterator[Part]:
+    """Quantize part after part; each is yielded as soon as it is there.
+
+    batch_tokens: of a calibration batch, on each device. finished: parts that are there already, and how each is read,
+    onto the whole mesh; they are not yielded, and those behind them become what they would have. ``first_layer`` keeps
+    what calibration saw in the first layer, for further recipes on the same windows: it depends on nothing quantized,
+    only on the activations' formats. Deeper layers' Hessians are each recipe's own.
+    """
+    finished = finished or {}
+    config, model_class = checkpoint.model_config, checkpoint.model_class
+    names = linears(checkpoint)
+    what = recipe.for_linears(names.values())
+    skeleton = Skeleton(model_class, config, np.dtype(dtype))
+    layer = skeleton.layer()
+    batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))
+
+    def read(name: str) -> tuple[Flat, float]:
+        began = time.perf_counter()
+        return checkpoint.read_dense_part(name, dtype), time.perf_counter() - began
+
+    todo = [name for name in part_names(config) if name not in finished]
+    reading = ahead(read, [name for name in todo if name != EMBEDDING])
+    params = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
+    hidden = embed(skeleton, params, batches)
+    if EMBEDDING in todo:
+        yield Part(EMBEDDING, params)
+    del params
+    for i in range(config.num_hidden_layers):
+        name, seconds = f"layers.{i}", _Stages()
+        last = all(f"layers.{j}" in finished for j in range(i + 1, config.num_hidden_layers))
+        if name in finished:
+            if not last:
+                forward(with_params(layer, below(finished[name](), f"{name}.")), hidden, mesh)
+            continue
+        weights, seconds["read"] = next(reading)
+        weights = below(weights, f"{name}.")
+        linear_names = {path: names[f"{name}.{path}"] for path in weights if f"{name}.{path}" in names}
+        chosen = {path: what[linear] for path, linear in linear_names.items()}
+        recipes = {path: r for path, r in chosen.items() if r is not None}
+        placed = replicate(weights, mesh)
+        with seconds.timed("hessians"):
+            seen = _seen(with_params(layer, placed), recipes, hidden, batches, first_layer if i == 0 else None)
+        del placed
+
+        solved = quantize_linears(weights, recipes, linear_names, seen, mesh, seed, seconds.add)
+        del seen
+        divided = weights | {path: q for path, (q, _) in solved.items()}
+        whole = replicate(divided, mesh)
+        with seconds.timed("forward"):
+            if not last:
+                forward(with_params(layer, whole), hidden, mesh)
+        # written as they are divided: each process its own part
+        part = {f"{name}.{p}": divided[p] if isinstance(divided[p], QTensor) else leaf for p, leaf in whole.items()}
+        del whole, divided, weights
+        results = [result for _, result in solved.values()]
+        del solved
+        yield Part(name, part, results, seconds)
+        del part
+    del hidden
+    if HEAD in todo:
+        yield Part(HEAD, replicate(next(reading)[0], mesh))
+
+
+def _seen(
+    layer: Any,
+    recipes: dict[str, LinearRecipe],
+    hidden: list[np.ndarray],
+    batches: Batches,
+    kept: dict[Activations, Seen] | None,
+) -> Seen:
+    activations = activations_of(recipes)
+    if kept is None:
+        return jax.block_until_ready(calibrate(layer, activations, hidden, batches))
+    if activations not in kept:
+        kept[activations] = jax.device_get(calibrate(layer, activations, hidden, batches))
+    return replicate(kept[activations], batches.mesh)

@@ -1,0 +1,64 @@
+"""The report of a run: one JSON object, version 1, and how it reads on a screen."""
+
+import importlib.metadata
+import sys
+from typing import Any
+
+import jax
+
+from fpq_jax._algorithms.quantize_linears import LinearResult
+from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._support.machine import peak_memory
+from fpq_jax._support.trees import Flat
+
+VERSION = 1
+_PACKAGES = ("fpq-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def layer_row(result: LinearResult) -> dict[str, Any]:
+    """One entry of the report's "layers"."""
+    row = {
+        "name": result.name,
+        "shape": list(result.shape),
+        "rounding_error": result.rounding_error,
+        "error": result.error,
+        "damping": result.damping,
+        "seconds": result.seconds,
+    }
+    return row | ({"notes": list(result.notes)} if result.notes else {})
+
+
+def bits_per_weight(params: Flat) -> float:
+    """Bits that the quantized Linears store (codes, scales, exponents, low-rank factors) over their weights."""
+    quantized = [leaf for leaf in params.values() if isinstance(leaf, QTensor)]
+    return 8 * sum(q.nbytes for q in quantized) / sum(q.size for q in quantized)
+
+
+def environment() -> dict[str, Any]:
+    """Peak memory, devices and versions. Memory is the process's peak resident set on the host, and the device's."""
+    device_peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return {
+        "peak_memory_bytes": peak_memory(),
+        "peak_device_memory_bytes": [p for p in device_peaks if p is not None],
+        "devices": [d.device_kind for d in jax.devices()],
+        "versions": versions,
+    }
+
+
+ROW_TITLE = f"{'Linear':<40} {'in':>6} {'out':>6} {'rounding':>10} {'error':>10} {'damping':>8} {'seconds':>8}"
+
+
+def row_text(result: LinearResult) -> str:
+    """One line of the table, and a line for each note."""
+    damping = "-" if result.damping is None else f"{result.damping:.2g}"
+    line = (
+        f"{result.name:<40} {result.shape[0]:>6} {result.shape[1]:>6} {result.rounding_error:>10.3e} "
+        f"{result.error:>10.3e} {damping:>8} {result.seconds:>8.2f}"
+    )
+    return "\n".join([line, *(f"  note: {note}" for note in result.notes)])

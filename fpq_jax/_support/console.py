@@ -1,0 +1,107 @@
+"""What a person sees while a command runs: progress on a terminal, plain lines elsewhere; errors in one sentence."""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fpq_jax._errors import FpqError
+from fpq_jax._support.mesh import is_first, several_processes, start_processes
+
+Options = TypeVar("Options")
+
+# soft_wrap: a long row is never broken into two lines
+console = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with the time left; yields a function that advances it. Without a terminal nothing is drawn."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps=1: bar.update(task, advance=steps)
+
+
+def join_processes() -> None:
+    """``start_processes``; of all processes only the first one is heard from then on."""
+    start_processes()
+    console.quiet = not is_first()
+
+
+def run_command(main: Callable[[Options], None], options: type[Options], name: str | None = None) -> None:
+    """Parse the command line into ``options`` and run ``main``; FpqError and system errors end with status 2.
+
+    ``name`` is a command's module; None for a script.
+    """
+    import tyro
+
+    for library in ("absl", "asyncio"):  # orbax's: what fails is told below, once
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}")
+    try:
+        _main(main, parsed)
+    except FpqError as error:
+        _fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "Interrupted.", file=sys.stderr)
+        _end(130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        full = "; make room there and start the same command again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}{full}.")
+
+
+def _main(main: Callable[[Options], None], parsed: Options) -> None:
+    try:
+        main(parsed)
+    except (FpqError, OSError):
+        raise
+    except Exception:
+        if not several_processes():
+            raise
+        traceback.print_exc()
+        _end(1)
+
+
+def _fail(message: str) -> Any:
+    print(f"error: {message}", file=sys.stderr)
+    _end(2)
+
+
+def _end(status: int) -> Any:
+    if several_processes():
+        # an ordinary end would wait for the other processes, which wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status) from None
+
+
+def shortened(spec: str) -> str:
+    """The name of a text in 40 columns; of a long path the end."""
+    return f"{spec if len(spec) <= 40 else '...' + spec[-37:]:<40}"
+
+
+def size_text(size: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

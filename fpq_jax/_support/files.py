@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all, and digests that tell whether files are what they were."""
+
+import hashlib
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by one rename, on the disk before the name is."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """``write_json`` with a digest beside the value."""
+    write_json(path, {"sha256": json_digest(value), "value": value})
+
+
+def read_sealed(path: Path) -> Any | None:
+    """What ``write_sealed`` wrote; None if the file is missing, torn or changed."""
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        value = sealed["value"]
+        return value if sealed["sha256"] == json_digest(value) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def json_digest(value: Any) -> str:
+    """Of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Of every file below a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
+
+
+def files_digest(paths: list[Path]) -> str:
+    """Of several files, their names included."""
+    return json_digest([[path.name, file_digest(path)] for path in paths])
+
+
+def code_digest() -> str:
+    """Of this package's sources: another version may come to other numbers."""
+    sources: dict[str, str] = {}
+    for package in ("fpq_jax", "fpq_jax.models"):  # in a checkout models/ stands beside fpq_jax/
+        folder = Path(str(resources.files(package)))
+        named = {f"{package}/{name.relative_to(folder)}": name for name in folder.rglob("*.py")}
+        sources |= {name: file_digest(path) for name, path in named.items() if not name.startswith("fpq_jax/models/")}
+    return json_digest(sources)

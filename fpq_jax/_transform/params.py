@@ -1,0 +1,301 @@
+"""Quantize the parameters of any tree: GPTQ where there are Hessians, rounding where there are none."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
+from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
+from fpq_jax._algorithms.statistics import Seen
+from fpq_jax._errors import FpqError
+from fpq_jax._matmul.fp4_kernel.fragments import of_fragments
+from fpq_jax._matmul.weight_layouts import Residency, check_any_for_kernel, check_residency, is_quantized, resident
+from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
+from fpq_jax._numerics.qtensor_sharding import placed
+from fpq_jax._support.mesh import make_mesh
+from fpq_jax._support.placement import replicate
+from fpq_jax._support.trees import Flat, Same, jit, named_leaves
+from fpq_jax._transform.axis_layout import Layout, laid_out, to_kernel
+from fpq_jax._transform.hessians import Hessians, Mask, check_seen, collect_named
+from fpq_jax._transform.quantized import axes_of, quantized
+from fpq_jax._transform.selection import Chosen, Selection, Use, select
+
+_AUTO_RANK = 8  # of LoRC, where a recipe leaves it to the size of one of the paper's models
+
+
+@dataclass(frozen=True)
+class TreeReport:
+    """What became of a tree's parameters.
+
+    results: of each quantized kernel (of a stack, of each index), in order; without Hessians errors are those of the
+    weights. left: of each other parameter of two or more axes, why it stays as it is.
+    """
+
+    results: tuple[LinearResult, ...]
+    left: dict[str, str]
+
+
+def quantize_params(
+    params: Any,
+    recipe: Recipe,
+    hessians: Mapping[str, Any] | None = None,
+    *,
+    uses: Mapping[str, Use] | None = None,
+    seed: int = 0,
+) -> Any:
+    """The same tree with QTensors for the kernels that the recipe quantizes; rules match paths, "layers.0.q.kernel".
+
+    ``hessians``: what ``collect_hessians`` found, or [*stack, in, in] by path; with them GPTQ, without rounding to
+    nearest, then LoRC where the recipe has it. Which axes of a parameter are inputs is known from the former, or from
+    ``uses`` (see ``find_kernels``); otherwise parameters called kernel with two axes are [in, out], and rules say it of
+    others (``axes``). What is a QTensor already stays, and so does what has no Hessian where those are of a part.
+    Inside of ``jax.jit`` and ``jax.eval_shape`` it only rounds, and nothing is reported.
+    FpqError for a rule that fits nothing, a parameter that is meant and cannot be quantized, a weight that is not
+    finite, and a Hessian that is missing, zero or of another shape.
+    """
+    return quantize_params_with_report(params, recipe, hessians, uses=uses, seed=seed)[0]
+
+
+def quantize_params_with_report(
+    params: Any,
+    recipe: Recipe,
+    hessians: Mapping[str, Any] | None = None,
+    *,
+    uses: Mapping[str, Use] | None = None,
+    seed: int = 0,
+) -> tuple[Any, TreeReport]:
+    """``quantize_params``, and what became of each parameter."""
+    if isinstance(hessians, Hessians) and uses is None:
+        uses = hessians.uses
+    return quantize_named(params, recipe, hessians, uses, seed)
+
+
+def quantize_named(
+    params: Any,
+    recipe: Recipe,
+    hessians: Mapping[str, Any] | None,
+    uses: Mapping[str, Use] | None,
+    seed: int,
+    prefix: str = "",
+    lenient: bool = False,
+) -> tuple[Any, TreeReport]:
+    """``quantize_params_with_report`` for a recipe that knows the paths with ``prefix`` in front. ``lenient``: it may
+    be about none of them."""
+    recipe = recipe.with_lorc_rank(_AUTO_RANK)
+    named, structure = named_leaves(params, is_quantized)
+    leaves = dict(named)
+    selection = select(recipe, leaves, uses, prefix, lenient)
+    if hessians is not None:
+        selection = _with_hessians(selection, hessians)
+    for path, one in selection.chosen.items():
+        _check(path, leaves[path], one, hessians, prefix)
+    solve = partial(_round, seed=seed) if hessians is None else partial(_solve, hessians=hessians, seed=seed)
+    done = solve(leaves, selection.chosen)
+    tensors = {path: placed(q, leaves[path]) for path, (q, _) in done.items()}
+    tree = jax.tree.unflatten(structure, [tensors.get(path, leaf) for path, leaf in named])
+    results = [replace(result, name=prefix + result.name) for _, results in done.values() for result in results]
+    return tree, TreeReport(tuple(results), {prefix + path: why for path, why in selection.left.items()})
+
+
+def quantize_blocks(
+    blocks: Sequence[tuple[Callable[..., Any], Any]],
+    batches: Iterable[Any],
+    recipe: Recipe,
+    *,
+    mask: Mask | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[Any, TreeReport]]:
+    """Quantize a model block after block, each calibrated on what the quantized ones before it give.
+
+    ``blocks``: (function, params) of each, called as function(params, *batch); its result is the first argument of the
+    next one, which takes the others as they are. ``batches``, ``mask`` as in ``collect_hessians``; between blocks the
+    first arguments are on the host. In the recipe paths begin with a block's number, "3.attention.kernel". Yields the
+    params of each block, for ``quantized(function)``, and what became of them, as soon as it is done. Blocks of one
+    function and of parameters alike are compiled once. FpqError as in ``collect_hessians`` and ``quantize_params``.
+    """
+    names = [
+        [f"{i}.{path}" for path, _ in named_leaves(params, is_quantized)[0]] for i, (_, params) in enumerate(blocks)
+    ]
+    for rule in recipe.rules:
+        recipe.fitting(rule, [path for block in names for path in block], "parameter")
+    inputs = [batch if type(batch) is tuple else (batch,) for batch in batches]
+    quantized_any = any(map(is_quantized, jax.tree.leaves([p for _, p in blocks], is_leaf=is_quantized)))
+    following = {Same(function): jit(quantized(function)) for function, _ in blocks}
+    for i, (function, params) in enumerate(blocks):
+        own, prefix = recipe.about(names[i]), f"{i}."
+        found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix, lenient=True)
+        done, report = quantize_named(params, own, found, found.uses, seed, prefix, lenient=True)
+        if i + 1 < len(blocks):
+            inputs = [(jax.device_get(following[Same(function)](done, *args)), *args[1:]) for args in inputs]
+        quantized_any |= bool(report.results)
+        yield done, report
+    if not quantized_any:
+        raise FpqError(f"Recipe {recipe.name} leaves every parameter of every block as it is.")
+
+
+def dequantize_params(params: Any) -> Any:
+    """The tree with arrays again, of their shapes and dtypes, which are what its QTensors stand for."""
+
+    def one(leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        axes = axes_of(leaf)
+        return laid_out(dequantize(of_fragments(leaf), axes.dtype), Layout.of(axes.shape(leaf.stack)), axes)
+
+    return jax.tree.map(one, params, is_leaf=is_quantized)
+
+
+def expand_params(params: Any, expand: Residency = "load") -> Any:
+    """The tree with its QTensors in the form in which they are multiplied: "load" expands 4-bit codes with an FP8 form
+    to FP8 once, exactly, a byte per weight; "step" leaves them packed; "kernel" lays them out for our own kernel, which
+    has not been measured on a GPU yet. All pad FP8 codes with zeros to multiples of 16, which FP8 products want.
+    FpqError for a kernel that does not take them."""
+    known = [leaf.sharding for leaf in jax.tree.leaves(params) if _has_device(leaf)]
+    devices = max((len(sharding.device_set) for sharding in known), default=1)
+    check_residency(expand, devices if devices > 1 else None)
+
+    def one(leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        make = partial(resident, how=expand)
+        for _ in leaf.stack:
+            make = jax.vmap(make)
+        return make(leaf)
+
+    check_any_for_kernel(jax.tree.leaves(params, is_leaf=is_quantized), expand)
+    return jax.tree.map(one, params, is_leaf=is_quantized)
+
+
+def _has_device(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _with_hessians(selection: Selection, hessians: Mapping[str, Any]) -> Selection:
+    """What there are Hessians for, where they are of a part; otherwise all of it has to have one."""
+    chosen, left = dict(selection.chosen), dict(selection.left)
+    for path, one in selection.chosen.items():
+        if path not in hessians:
+            if isinstance(hessians, Hessians) and not hessians.complete:
+                del chosen[path]
+                left[path] = "the Hessians are of another part of the model"
+            elif one.recipe.method == "gptq":
+                raise FpqError(
+                    f"There is no Hessian of {path}; collect it with the same recipe, or leave it with a rule."
+                )
+    return Selection(chosen, left)
+
+
+def _check(path: str, leaf: Any, one: Chosen, hessians: Mapping[str, Any] | None, prefix: str) -> None:
+    """FpqError for what cannot be solved, before anything is."""
+    name = prefix + path
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise FpqError(f"{name} is a shape without values; quantize shapes inside of jax.eval_shape.")
+    if isinstance(leaf, jax.core.Tracer):
+        if hessians is not None:
+            raise FpqError(f"{name} is traced, and GPTQ is not to be; inside of jit quantize_params only rounds.")
+    elif not _finite(leaf):
+        raise FpqError(f"{name} holds values that are not finite.")
+    if hessians is None:
+        if one.recipe.spec.activation_scale == "static":
+            raise FpqError(
+                f"The static activation scale of {name} needs calibration; give what collect_hessians found."
+            )
+        return
+    if path not in hessians:
+        return
+    kernel = jax.eval_shape(partial(to_kernel, axes=one.axes), leaf)
+    wanted = (*kernel.shape[:-1], kernel.shape[-2])
+    if (shape := np.shape(hessians[path])) != wanted:
+        raise FpqError(f"The Hessian of {name} has shape {shape}; it must be {wanted}.")
+    if one.recipe.method == "gptq":
+        check_seen(name, hessians[path])
+
+
+def _finite(leaf: Any) -> bool:
+    with jax.ensure_compile_time_eval():  # it may be a constant of a function that is being traced
+        return bool(jnp.all(jnp.isfinite(leaf)))
+
+
+Done = dict[str, tuple[QTensor, list[LinearResult]]]
+
+
+def _round(leaves: Flat, chosen: dict[str, Chosen], *, seed: int) -> Done:
+    done: Done = {}
+    for path, one in chosen.items():
+        began = time.perf_counter()
+        w = to_kernel(jnp.asarray(leaves[path]), one.axes)
+        q, rounding, error = jax.block_until_ready(_rounded(w, one.recipe, seed))
+        q = replace(q, axes=one.axes)
+        if isinstance(rounding, jax.core.Tracer):  # nothing is known of it yet
+            done[path] = q, []
+            continue
+        shape, seconds = (int(w.shape[-2]), int(w.shape[-1])), time.perf_counter() - began
+        results = [
+            LinearResult(
+                _indexed(path, index), shape, float(rounding[index]), float(error[index]), None, round(seconds, 3)
+            )
+            for index in np.ndindex(w.shape[:-2])
+        ]
+        done[path] = q, results
+    return done
+
+
+@partial(jax.jit, static_argnums=1)
+def _rounded(w: Float[Array, "*stack in out"], recipe: LinearRecipe, seed: int | Array) -> tuple[QTensor, Array, Array]:
+    if w.ndim > 2:
+        return jax.vmap(lambda one: _rounded(one, recipe, seed))(w)
+    q = quantize_array(w, recipe.spec)
+    lost = lambda q: jnp.sum((w - dequantize(q)) ** 2) / jnp.maximum(jnp.sum(w.astype(jnp.float32) ** 2), 1e-37)
+    rounding = lost(q)
+    if recipe.lorc is None:
+        return q, rounding, rounding
+    assert recipe.lorc.rank != "auto"
+    q = lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype, seed=seed)
+    return q, rounding, lost(q)
+
+
+def _solve(leaves: Flat, chosen: dict[str, Chosen], *, hessians: Mapping[str, Any], seed: int) -> Done:
+    mesh = make_mesh()
+    if isinstance(hessians, Hessians):
+        by_input, fixed = hessians.by_input, hessians.fixed
+    else:
+        by_input, fixed = {(path,): jnp.asarray(hessians[path]) for path in hessians}, {}
+    done = _round(leaves, {path: one for path, one in chosen.items() if path not in hessians}, seed=seed)
+    for paths, matrix in by_input.items():
+        todo = {path: chosen[path].recipe for path in paths if path in chosen}
+        if not todo:
+            continue
+        weights = {path: to_kernel(np.asarray(leaves[path]), chosen[path].axes) for path in todo}
+        stack = matrix.shape[:-2]
+        parts: dict[str, list[tuple[QTensor, LinearResult]]] = {path: [] for path in todo}
+        for index in np.ndindex(stack):
+            seen = Seen({tuple(todo): replicate(matrix[index], mesh)}, {p: fixed[p] for p in todo if p in fixed})
+            names = {path: _indexed(path, index) for path in todo}
+            one = {path: w[index] for path, w in weights.items()}
+            for path, solved in quantize_linears(
+                one, todo, names, seen, mesh, seed, lambda stage, seconds: None
+            ).items():
+                parts[path].append(solved)
+        for path, every in parts.items():
+            q = _stacked([q for q, _ in every], stack)
+            done[path] = replace(q, axes=chosen[path].axes), [result for _, result in every]
+    return {path: done[path] for path in chosen}
+
+
+def _stacked(tensors: list[QTensor], stack: tuple[int, ...]) -> QTensor:
+    if not stack:
+        return tensors[0]
+    return jax.tree.map(lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape), *tensors)
+
+
+def _indexed(path: str, index: tuple[int, ...]) -> str:
+    """The name of one weight of a stack."""
+    return f"{path}[{', '.join(map(str, index))}]" if index else path

@@ -1,0 +1,162 @@
+"""What is known of a parameter on its way through a function, and what rules do where it is used."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fpq_jax._matmul.fp4_kernel.fragments import of_fragments
+from fpq_jax._matmul.weight_layouts import is_quantized
+from fpq_jax._numerics.qtensor import Axes, dequantize
+from fpq_jax._transform.axis_layout import Factor, Layout, Product, laid_out
+
+
+class Place(NamedTuple):
+    """Which parameter, and which part of its stack. parts: by axis, (axis, start, stop). scans: of each scan over its
+    stack that this is inside of, (which scan, where among the stack's axes the one is that it is over)."""
+
+    path: str
+    parts: tuple[tuple[int, int, int], ...] = ()
+    scans: tuple[tuple[int, int], ...] = ()
+
+    def cut(self, axis: int, start: int, size: int) -> "Place":
+        """A part of what this is."""
+        begins = {part[0]: part[1] for part in self.parts}
+        first = begins.get(axis, 0) + start
+        others = [part for part in self.parts if part[0] != axis]
+        return self._replace(parts=tuple(sorted([*others, (axis, first, first + size)])))
+
+
+Together = tuple[Place, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Followed:
+    """A parameter on its way: a QTensor, which never moves, or an array, which is as ``layout`` says.
+
+    axes: what the parameter's axes are, None while that is not known.
+    """
+
+    value: Any
+    place: Place = field(metadata={"static": True})
+    layout: Layout = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+    axes: Axes | None = field(default=None, metadata={"static": True})
+
+    @property
+    def quantized(self) -> bool:
+        return is_quantized(self.value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
+    def stack(self) -> tuple[Factor, ...]:
+        """The factors of its stack, in the order of the parameter."""
+        assert self.axes is not None
+        return tuple(f for f in self.layout.factors if self.axes.kinds[f.axis] == "stack")
+
+    def array(self) -> Array:
+        """What it stands for."""
+        if not self.quantized:
+            return self.value
+        assert self.axes is not None
+        return laid_out(dequantize(of_fragments(self.value), self.dtype), self.layout, self.axes)
+
+    def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "Followed":
+        """With another layout, which ``move`` gives to an array."""
+        return replace(self, layout=layout, value=self.value if self.quantized else move(self.value))
+
+    def stack_axis(self, axis: int) -> Factor | None:
+        """The factor that ``axis`` is, if it may be one axis of a stack as the parameter has it."""
+        factors = self.layout.axes[axis]
+        if len(factors) != 1 or len(factors[0].key) > 1:
+            return None
+        if self.axes is not None and self.axes.kinds[factors[0].axis] != "stack":
+            return None
+        return factors[0]
+
+
+class Rules:
+    """What is done where a followed parameter is used. records: whether ``product`` gives anything to record."""
+
+    records = False
+
+    def product(
+        self, kernel: Followed, x: Any, product: Product, known: "Known", bind: Callable[..., Any], dtype: Any
+    ) -> Any:
+        """The product's result in ``dtype``; ``bind``: of x and an array. None: it is not of inputs and a weight."""
+        raise NotImplementedError
+
+    def other(self, kernel: Followed, use: str) -> None:
+        """It is used as an array."""
+
+    def part(self, kernel: Followed, axis: Factor, start: Any, size: int) -> Place:
+        """The place of what is cut out of its stack."""
+        return kernel.place
+
+
+Merge = Callable[[Array, Array], Array]
+
+
+class Site(NamedTuple):
+    """What is recorded of an input, and the kernels that see it."""
+
+    places: list[Place]
+    value: Array
+
+
+class Known:
+    """What was computed at one level of a function, so that equal inputs are known to be one, and what was recorded."""
+
+    def __init__(self, merge: Merge) -> None:
+        self._merge = merge
+        self._results: dict[Any, Any] = {}
+        self._inputs: dict[Any, tuple[Any, dict[Any, Any]]] = {}
+        self._records: dict[Together, Array] = {}
+        self._sites: list[Site] = []
+        self._alive: list[Any] = []  # so that no id is used twice
+
+    def of_input(self, x: Any, how: Any) -> dict[Any, Any]:
+        """A place to keep what depends on ``x``, taken in the way ``how``, alone."""
+        return self._inputs.setdefault((id(x), how), (x, {}))[1]
+
+    def once(self, key: Any, operands: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The result of an operation, the same one for the same operands."""
+        whole = (key, tuple(map(id, operands)))
+        if whole not in self._results:
+            self._alive.append(operands)
+            self._results[whole] = compute()
+        return self._results[whole]
+
+    def site(self, value: Array) -> Site:
+        """A record of kernels whose names are added to it."""
+        self._sites.append(Site([], value))
+        return self._sites[-1]
+
+    def record(self, places: Together, value: Array) -> None:
+        """A record of kernels; it merges with others of the same."""
+        add(self._records, places, value, self._merge)
+
+    def records(self) -> dict[Together, Array]:
+        """All of them."""
+        while self._sites:
+            places, value = self._sites.pop()
+            self.record(tuple(places), value)
+        return self._records
+
+
+def add(records: dict[Any, Array], key: Any, value: Array, merge: Merge) -> None:
+    """Put a record to others, or merge it with the one of its key."""
+    records[key] = merge(records[key], value) if key in records else value
+
+
+def empty(shapes: dict[Together, Any], merge: Merge) -> dict[Together, Array]:
+    """Records of these shapes that change nothing when they are merged."""
+    neutral = 0 if merge is jnp.add else -jnp.inf
+    return {places: jnp.full(shape.shape, neutral, shape.dtype) for places, shape in shapes.items()}

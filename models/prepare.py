@@ -1,0 +1,145 @@
+"""A model made ready to be run: Linears of one input merged, weights in the form in which they stay in memory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from fpq_jax._errors import FpqError
+from fpq_jax._matmul.fp4_kernel.fragments import Fragments
+from fpq_jax._matmul.linear import Divided
+from fpq_jax._matmul.products import FP8_MULTIPLE, product_kind
+from fpq_jax._matmul.weight_layouts import check_any_for_kernel, check_residency, is_quantized, resident
+from fpq_jax._numerics.concatenate import can_concatenate, concatenate, joined
+from fpq_jax._numerics.qtensor import QTensor, check_exponents
+from fpq_jax._support.mesh import MODEL
+from fpq_jax.models.layers import Block, Embedding, Linear, MergedLinear
+from fpq_jax.models.parameters import params_of, with_params
+from fpq_jax.models.sharding import division, sharding, shardings
+
+
+def prepare(
+    model: Any, expand: str = "load", *, attention: str = "xla", mesh: Mesh | AbstractMesh | None = None
+) -> Any:
+    """A copy of a model to generate and evaluate with; it gives what the model gives, and cannot be saved.
+
+    Query, key and value become one product, gate and up another, where that is exact (see
+    ``_residency.can_concatenate``); weights get the form that ``expand`` says: "load" expands 4-bit codes to FP8 once,
+    "step" leaves them packed until they are multiplied, "kernel" lays them out for our own kernel, which has not been
+    measured on a GPU yet. ``attention`` is the implementation used for prompts;
+    "cudnn" needs a GPU and 16-bit arithmetic. ``mesh`` divides the weights over its "model" axis (see
+    ``models/sharding.py``); by default they stay where they are. Works on abstract models too, and on an AbstractMesh,
+    which gives an abstract model. Arrays that need no change are shared with the model.
+    """
+    on = model.mesh if mesh is None else mesh
+    check_residency(expand, None if on is None else on.size)
+    check_any_for_kernel(params_of(model).values(), expand)
+    if attention not in ("xla", "cudnn"):
+        raise FpqError(f"attention is {attention!r}; it must be xla or cudnn.")
+    return prepare_in_place(nnx.clone(model) if mesh is None else divide(model, mesh), expand, attention)
+
+
+def divide(model: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The model with its parameters on ``mesh``. FpqError if it cannot be divided so."""
+    if model.prepared and model.mesh != mesh:
+        raise FpqError("A model that was prepared for other devices cannot be divided; load it without expand.")
+    params = params_of(model)
+    if not model.prepared:
+        params = jax.tree.map(_placed, params, shardings(type(model), model.config, params, mesh))
+    return on_mesh(with_params(model, params), mesh)
+
+
+def on_mesh(model: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The model, told that its parameters are on ``mesh`` as ``shardings`` has them."""
+    model.mesh = mesh
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Embedding):
+            where = sharding(type(model), f"{path[-1]}.embedding", module.embedding.get_value(), mesh)
+            module.mesh = None if where.is_fully_replicated else mesh
+    return model
+
+
+def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
+    """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes."""
+    model.decode_rows = 1
+    # blocks alone: a list of all modules would hold what is replaced until the end
+    blocks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Block)]
+    for block in blocks:
+        for name, parts in block.MERGED.items():
+            _merge(block, name, parts, _Placement(model, name))
+        if hasattr(block, "implementation"):
+            block.implementation = attention
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear | MergedLinear) and is_quantized(kernel := module.kernel.get_value()):
+            placement = _Placement(model, str(path[-1]))
+            if model.mesh is not None and isinstance(kernel, QTensor) and kernel.has_fp8_form:
+                check_exponents(kernel)  # which jit hides from ``expand``
+            kernel = placement.computed(resident, kernel, how=expand, pad=model.mesh is None)
+            if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
+                model.decode_rows = FP8_MULTIPLE
+                kernel = placement.divided(kernel)
+            module.kernel.set_value(kernel)
+    own = [kernel for kernel in params_of(model).values() if isinstance(kernel, Fragments)]
+    if own and all(kernel.low_rank is None for kernel in own):
+        # XLA makes three kernels of one row's norm and absmax, and two of several rows'; LoRC's products cost more then
+        model.decode_rows = max(model.decode_rows, 2)
+    model.prepared = True
+    return model
+
+
+class _Placement:
+    """Computes the parameters of the Linear called ``name``, each where it belongs."""
+
+    def __init__(self, model: Any, name: str):
+        self.model_class, self.mesh, self.name = type(model), model.mesh, name
+        self.shards = 1 if model.mesh is None else model.mesh.shape[MODEL]
+
+    def computed(self, f: Callable[..., Any], *arguments: Any, part: str = "kernel", **static: Any) -> Any:
+        """f(*arguments, **static), or the shapes of it where the arguments are shapes."""
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arguments))
+        if self.mesh is None and not abstract:
+            return f(*arguments, **static)
+        shapes = jax.eval_shape(lambda *leaves: f(*leaves, **static), *arguments)
+        if self.mesh is None:
+            return shapes
+        where = sharding(self.model_class, f"{self.name}.{part}", shapes, self.mesh)
+        if abstract:
+            return jax.tree.map(_placed, shapes, where)
+        return _laid_out(arguments, f, tuple(static.items()), tuple(jax.tree.leaves(where)))
+
+    def divided(self, kernel: QTensor) -> Any:
+        """Told to ``linear`` where a device has some of the inputs."""
+        if self.mesh is None or division(self.model_class, self.name) != "inputs":
+            return kernel
+        return Divided(kernel, self.mesh)
+
+
+def _merge(module: Block, name: str, parts: tuple[str, ...], placement: _Placement) -> None:
+    linears = [getattr(module, part) for part in parts]
+    if getattr(module, name) is not None or not can_concatenate([linear.weights[0] for linear in linears]):
+        return
+    kernels, biases = zip(*(linear.weights for linear in linears), strict=True)
+    sizes = tuple(kernel.shape[1] for kernel in kernels)
+    bias = None
+    if None not in biases:
+        bias = placement.computed(joined, biases, part="bias", axis=0, shards=placement.shards)
+    kernel = placement.computed(concatenate, kernels, shards=placement.shards)
+    setattr(module, name, nnx.data(MergedLinear(kernel, bias, sizes, placement.shards)))
+    for part in parts:
+        setattr(module, part, None)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _laid_out(arguments: Any, f: Callable[..., Any], static: Any, where: tuple[Any, ...]) -> Any:
+    """f(*arguments, **static), its leaves ``where`` they belong; compiled once for all layers."""
+    leaves, structure = jax.tree.flatten(f(*arguments, **dict(static)))
+    return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, where))
+
+
+def _placed(leaf: Any, where: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(where.mesh, AbstractMesh):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.device_put(leaf, where)

@@ -1,0 +1,32 @@
+"""A model without its weights."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from fpq_jax.models.parameters import abstract_model
+
+
+class Skeleton(NamedTuple):
+    """What a model is without its weights: class, configuration, and the dtype of what is not quantized."""
+
+    model_class: Any
+    config: Any
+    dtype: Any
+
+    def without_layers(self) -> Any:
+        """An abstract model of the parts before and behind the layers."""
+        return abstract_model(self.model_class, replace(self.config, num_hidden_layers=0), self.dtype)
+
+    def with_one_layer(self) -> Any:
+        """An abstract model whose only layer is like all of them."""
+        return abstract_model(self.model_class, replace(self.config, num_hidden_layers=1), self.dtype)
+
+    def layer(self) -> Any:
+        """An abstract layer."""
+        return self.with_one_layer().layers[0]
+
+    def hidden(self, tokens: tuple[int, int]) -> jax.ShapeDtypeStruct:
+        """The hidden states of [windows, tokens]."""
+        return jax.ShapeDtypeStruct((*tokens, self.config.hidden_size), self.dtype)
