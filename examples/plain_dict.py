@@ -35,7 +35,7 @@ def main():
     """Quantize it, and run it."""
     apply, params, batches = model()
     for path, use in fpq.find_kernels(apply, params, batches[0]).items():
-        print(path, use.why_not or use.axes.kinds)
+        print(path, use.reason or use.axes.kinds)
     recipe = fpq.Recipe.load("w4a8-fp-m1").with_rule("*router", quantize=False).with_group_size(32)
     hessians = fpq.collect_hessians(apply, params, batches, recipe, mask=lambda tokens: tokens != 0)
     small = fpq.quantize_params(params, recipe, hessians)

@@ -51,7 +51,7 @@ from fpq_jax._transform.params import (
     quantize_params_with_report,
 )
 from fpq_jax._transform.quantized import quantized
-from fpq_jax._transform.selection import Use
+from fpq_jax._transform.selection import ParamUse
 from fpq_jax._transform.training import combine, partition, straight_through
 from fpq_jax.models.prepare import prepare
 
@@ -75,13 +75,13 @@ __all__ = [
     "Generator",
     "Hessians",
     "LowRank",
+    "ParamUse",
     "Perplexity",
     "QTensor",
     "QuantSpec",
     "Recipe",
     "Sampling",
     "TreeReport",
-    "Use",
     "cast",
     "collect_hessians",
     "combine",

@@ -12,7 +12,7 @@ from fpq_jax._checkpoints.sources import abstract_leaves, open_model, resolve_mo
 from fpq_jax._errors import check_at_least
 from fpq_jax._generation.generator import KvCache
 from fpq_jax._matmul.fp4_kernel.matmul import notice
-from fpq_jax._matmul.weight_layouts import Residency, check_any_for_kernel, check_residency
+from fpq_jax._matmul.weight_layouts import WeightLayout, check_any_for_fragments, check_layout
 from fpq_jax._pipeline.batches import BATCH_TOKENS
 from fpq_jax._pipeline.evaluation import perplexities_of, texts_of
 from fpq_jax._pipeline.report import VERSION, environment
@@ -38,7 +38,7 @@ class Options:
     """Only the first so many windows."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default as stored."""
-    expand: Residency = "load"
+    weights: WeightLayout = "fp8"
     """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers; kernel
     is for the few tokens of generate, and expands the weights for the many of a batch of windows."""
     kv_cache: KvCache = "model"
@@ -63,10 +63,10 @@ def main(options: Options) -> None:
     check_at_least(1, max_windows=options.max_windows, batch_tokens=options.batch_tokens)
     check_at_least(2, seq_len=options.seq_len)
     mesh = parse_mesh(options.mesh)
-    check_residency(options.expand, mesh.size if mesh.size > 1 else None)
+    check_layout(options.weights, mesh.size if mesh.size > 1 else None)
     checkpoint = open_model(resolve_model(options.model))
-    check_any_for_kernel(abstract_leaves(checkpoint), options.expand)
-    if options.expand == "kernel":
+    check_any_for_fragments(abstract_leaves(checkpoint), options.weights)
+    if options.weights == "fragments":
         console.print(notice(), markup=False)
     config = checkpoint.model_config
     cache = None
@@ -83,7 +83,7 @@ def main(options: Options) -> None:
         texts,
         mesh,
         dtype=options.dtype,
-        expand=options.expand,
+        weights=options.weights,
         cache=cache,
         batch_tokens=options.batch_tokens,
     )
@@ -98,7 +98,7 @@ def main(options: Options) -> None:
         report = {
             "version": VERSION,
             "model": "demo" if options.model is None else options.model,
-            "expand": options.expand,
+            "weights": options.weights,
             "kv_cache": options.kv_cache,
             "weight_bytes": weight_bytes,
             "perplexity": rows,

@@ -10,7 +10,7 @@ from fpq_jax._checkpoints.sources import resolve_model
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation.generator import Generator, KvCache, Sampling
 from fpq_jax._matmul.fp4_kernel.matmul import notice
-from fpq_jax._matmul.weight_layouts import Residency
+from fpq_jax._matmul.weight_layouts import WeightLayout
 from fpq_jax._pipeline.text import load_tokenizer
 from fpq_jax._support.console import console, join_processes, run_command, size_text
 from fpq_jax._support.mesh import parse_mesh
@@ -34,7 +34,7 @@ class Options:
     """Sample among the likeliest tokens of this total probability."""
     seed: int = 0
     """Of the sampling."""
-    expand: Residency = "load"
+    weights: WeightLayout = "fp8"
     """4-bit weights in FP8 from the start (load), or packed: half the memory, expanded when they are multiplied (step),
     or multiplied as they are by our own kernel for Hopper, which has not been measured yet (kernel)."""
     kv_cache: KvCache = "model"
@@ -55,8 +55,8 @@ def main(options: Options) -> None:
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
     mesh = parse_mesh(options.mesh)
-    model = load(folder, expand=options.expand, mesh=mesh if mesh.size > 1 else None)
-    if options.expand == "kernel":
+    model = load(folder, weights=options.weights, mesh=mesh if mesh.size > 1 else None)
+    if options.weights == "fragments":
         console.print(notice(), markup=False)
     tokenizer = load_tokenizer(folder)
     shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])

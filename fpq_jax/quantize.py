@@ -11,7 +11,7 @@ import yaml
 
 from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, Recipe
 from fpq_jax._checkpoints.model_folder import copy_sidecars, write_manifest
-from fpq_jax._checkpoints.run_progress import is_placed, remove_progress, unfinished_folder
+from fpq_jax._checkpoints.run_progress import is_placed, progress_folder, remove_progress
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.products import product_kind
 from fpq_jax._numerics.qtensor import QTensor
@@ -143,8 +143,8 @@ def _run(options: Options, job: Job, recipe: Recipe, output: Path | None, began:
 def _kept(output: Path | None) -> str:
     if output is None:
         return "without --output nothing is kept"
-    layers = len(list(unfinished_folder(output).glob("progress/layers.*.json")))
-    return f"the same command goes on behind {layers} finished layers, which are kept in {unfinished_folder(output)}"
+    layers = len(list(progress_folder(output).glob("progress/layers.*.json")))
+    return f"the same command goes on behind {layers} finished layers, which are kept in {progress_folder(output)}"
 
 
 def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments
-from fpq_jax._matmul.linear import Divided
+from fpq_jax._matmul.linear import RowParallelKernel
 from fpq_jax._matmul.products import FP8_MULTIPLE, product_kind
-from fpq_jax._matmul.weight_layouts import check_any_for_kernel, check_residency, is_quantized, resident
+from fpq_jax._matmul.weight_layouts import check_any_for_fragments, check_layout, is_quantized, to_layout
 from fpq_jax._numerics.concatenate import can_concatenate, concatenate, joined
 from fpq_jax._numerics.qtensor import QTensor, check_exponents
 from fpq_jax._support.mesh import MODEL
@@ -22,30 +22,30 @@ from fpq_jax.models.sharding import division, sharding, shardings
 
 
 def prepare(
-    model: Any, expand: str = "load", *, attention: str = "xla", mesh: Mesh | AbstractMesh | None = None
+    model: Any, weights: str = "fp8", *, attention: str = "xla", mesh: Mesh | AbstractMesh | None = None
 ) -> Any:
     """A copy of a model to generate and evaluate with; it gives what the model gives, and cannot be saved.
 
     Query, key and value become one product, gate and up another, where that is exact (see
-    ``_residency.can_concatenate``); weights get the form that ``expand`` says: "load" expands 4-bit codes to FP8 once,
-    "step" leaves them packed until they are multiplied, "kernel" lays them out for our own kernel, which has not been
+    ``can_concatenate``); ``weights`` is the layout that they get: "fp8" expands 4-bit codes to FP8 once, "packed"
+    leaves them packed until they are multiplied, "fragments" lays them out for our own kernel, which has not been
     measured on a GPU yet. ``attention`` is the implementation used for prompts;
     "cudnn" needs a GPU and 16-bit arithmetic. ``mesh`` divides the weights over its "model" axis (see
     ``models/sharding.py``); by default they stay where they are. Works on abstract models too, and on an AbstractMesh,
     which gives an abstract model. Arrays that need no change are shared with the model.
     """
     on = model.mesh if mesh is None else mesh
-    check_residency(expand, None if on is None else on.size)
-    check_any_for_kernel(params_of(model).values(), expand)
+    check_layout(weights, None if on is None else on.size)
+    check_any_for_fragments(params_of(model).values(), weights)
     if attention not in ("xla", "cudnn"):
         raise FpqError(f"attention is {attention!r}; it must be xla or cudnn.")
-    return prepare_in_place(nnx.clone(model) if mesh is None else divide(model, mesh), expand, attention)
+    return prepare_in_place(nnx.clone(model) if mesh is None else divide(model, mesh), weights, attention)
 
 
 def divide(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The model with its parameters on ``mesh``. FpqError if it cannot be divided so."""
     if model.prepared and model.mesh != mesh:
-        raise FpqError("A model that was prepared for other devices cannot be divided; load it without expand.")
+        raise FpqError("A model that was prepared for other devices cannot be divided; load it without weights.")
     params = params_of(model)
     if not model.prepared:
         params = jax.tree.map(_placed, params, shardings(type(model), model.config, params, mesh))
@@ -62,7 +62,7 @@ def on_mesh(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     return model
 
 
-def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
+def prepare_in_place(model: Any, weights: str, attention: str = "xla") -> Any:
     """``prepare`` of a model that nobody else holds: what is replaced is freed as it goes."""
     model.decode_rows = 1
     # blocks alone: a list of all modules would hold what is replaced until the end
@@ -76,8 +76,8 @@ def prepare_in_place(model: Any, expand: str, attention: str = "xla") -> Any:
         if isinstance(module, Linear | MergedLinear) and is_quantized(kernel := module.kernel.get_value()):
             placement = _Placement(model, str(path[-1]))
             if model.mesh is not None and isinstance(kernel, QTensor) and kernel.has_fp8_form:
-                check_exponents(kernel)  # which jit hides from ``expand``
-            kernel = placement.computed(resident, kernel, how=expand, pad=model.mesh is None)
+                check_exponents(kernel)  # which jit hides from ``weights``
+            kernel = placement.computed(to_layout, kernel, layout=weights, pad=model.mesh is None)
             if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
                 model.decode_rows = FP8_MULTIPLE
                 kernel = placement.divided(kernel)
@@ -114,7 +114,7 @@ class _Placement:
         """Told to ``linear`` where a device has some of the inputs."""
         if self.mesh is None or division(self.model_class, self.name) != "inputs":
             return kernel
-        return Divided(kernel, self.mesh)
+        return RowParallelKernel(kernel, self.mesh)
 
 
 def _merge(module: Block, name: str, parts: tuple[str, ...], placement: _Placement) -> None:

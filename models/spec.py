@@ -8,7 +8,7 @@ import jax
 from fpq_jax.models.parameters import abstract_model
 
 
-class Skeleton(NamedTuple):
+class ModelSpec(NamedTuple):
     """What a model is without its weights: class, configuration, and the dtype of what is not quantized."""
 
     model_class: Any

@@ -22,7 +22,7 @@ from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import copy_sidecars
 from fpq_jax._checkpoints.sources import open_original, resolve_model
 from fpq_jax._errors import FpqError
-from fpq_jax._matmul.linear import Observed
+from fpq_jax._matmul.linear import RecordingKernel
 from fpq_jax._support.console import console, run_command
 from fpq_jax._support.new_directory import check_output, new_directory
 from fpq_jax._support.trees import Flat
@@ -153,7 +153,7 @@ def _logits_and_peak(checkpoint: HfCheckpoint, params: Flat) -> tuple[np.ndarray
 
     leaves: Flat = {path: jnp.asarray(value) for path, value in params.items()}
     readers = [path for path in leaves if re.fullmatch(_READERS[checkpoint.model_class], path)]
-    observed = {path: Observed(leaves[path], None, record) for path in readers}
+    observed = {path: RecordingKernel(leaves[path], None, record) for path in readers}
     model = with_params(abstract_model(checkpoint.model_class, config), leaves | observed)
     with jax.default_matmul_precision("highest"):  # some accelerators multiply float32 in fewer bits
         return np.asarray(model(jnp.asarray(tokens))), max(peaks)

@@ -207,7 +207,7 @@ def hopper_compiler() -> None:
         pytest.skip(f"the hopper extra is not installed ({error})")
 
 
-def abstract_quantized(config: dict, spec, *, rank: int = 0, expand: str = "load", mesh=None):
+def abstract_quantized(config: dict, spec, *, rank: int = 0, weights: str = "fp8", mesh=None):
     """A model of a configuration in bfloat16, its decoder Linears quantized, prepared; no memory is used."""
     import jax
     import jax.numpy as jnp
@@ -233,4 +233,4 @@ def abstract_quantized(config: dict, spec, *, rank: int = 0, expand: str = "load
         chosen = lambda path: path.startswith("layers.") and path.endswith("kernel")
         params = params_of(model)
         model = with_params(model, {p: quantized(leaf) if chosen(p) else leaf for p, leaf in params.items()})
-    return prepare(model, expand, mesh=mesh)
+    return prepare(model, weights, mesh=mesh)

@@ -43,17 +43,17 @@ def logits(model):
     return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(tokens))(state))
 
 
-@pytest.mark.parametrize(("name", "expand", "kv_cache"), [("llama", "load", "float8"), ("opt", "step", "model")])
-def test_generation_equals_one_devices(folders, name, expand, kv_cache):
+@pytest.mark.parametrize(("name", "weights", "kv_cache"), [("llama", "fp8", "float8"), ("opt", "packed", "model")])
+def test_generation_equals_one_devices(folders, name, weights, kv_cache):
     folder = folders / f"{name}-m2"
-    one, many = load(folder, expand=expand), load(folder, expand=expand, mesh=make_mesh(*MESHES[name]))
+    one, many = load(folder, weights=weights), load(folder, weights=weights, mesh=make_mesh(*MESHES[name]))
     expected, got = (Generator(m, kv_cache=kv_cache)(PROMPTS, max_new_tokens=12) for m in (one, many))
     assert got.tokens == expected.tokens and got.cache_bytes == expected.cache_bytes
 
 
 def test_logits_of_integers_which_xla_divides_alone_equal_one_devices(folders):
     expected = logits(load(folders / "llama-int"))
-    ready = load(folders / "llama-int", expand="load", mesh=make_mesh(4, 2))
+    ready = load(folders / "llama-int", weights="fp8", mesh=make_mesh(4, 2))
     np.testing.assert_allclose(logits(ready), expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -91,8 +91,8 @@ def test_what_cannot_be_divided_is_said(folders):
             FpqError, match="num_key_value_heads is 2, which the mesh's model axis of 4 does not divide"
         ):
             load(folders / folder, mesh=make_mesh(model=4))
-    ready = load(folders / "llama-m2", expand="load")
-    with pytest.raises(FpqError, match="prepared for other devices cannot be divided; load it without expand"):
+    ready = load(folders / "llama-m2", weights="fp8")
+    with pytest.raises(FpqError, match="prepared for other devices cannot be divided; load it without weights"):
         prepare(ready, mesh=make_mesh(model=2))
 
 

@@ -11,7 +11,7 @@ from conftest import TINY_CONFIG, random_tensors, write_checkpoint
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, evaluate, quantize
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4, form_for
+from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4, scheme_for
 from fpq_jax.models.parameters import params_of
 
 CONFIG = {**TINY_CONFIG, "hidden_size": 128, "intermediate_size": 256}
@@ -114,7 +114,7 @@ def test_quantize_and_evaluate_take_them(preset, written, tmp_path, text_file):
 
 def test_forms_give_back_what_they_are_given():
     w = jax.random.normal(jax.random.key(0), (96, 24)) * jnp.exp(jax.random.normal(jax.random.key(1), (1, 24)))
-    for spec, form in (
+    for spec, scheme in (
         (fpq.QuantSpec(group_size=32, constraint="m1"), Mxfp4()),
         (fpq.QuantSpec(group_size=64, constraint="m1"), Mxfp4()),  # a shorter last group
         (fpq.QuantSpec(group_size="channel", constraint="m1"), Mxfp4()),
@@ -125,11 +125,11 @@ def test_forms_give_back_what_they_are_given():
         (fpq.QuantSpec(format="e3m0-qtorch", group_size=7, constraint="m1"), Fp8()),
     ):
         q = jax.jit(fpq.quantize_array, static_argnums=1)(w, spec)
-        assert form.why_not(q) is None
-        tensors = form.tensors(q)
-        for part, expected in form.expected("", q.shape).items():
+        assert scheme.unsupported_reason(q) is None
+        tensors = scheme.tensors(q)
+        for part, expected in scheme.expected("", q.shape).items():
             assert tensors[part].shape == expected.shapes[0]
-        back = np.asarray(fpq.dequantize(form.qtensor("", tensors, q.shape)))
+        back = np.asarray(fpq.dequantize(scheme.qtensor("", tensors, q.shape)))
         assert back.tobytes() == np.asarray(fpq.dequantize(q)).tobytes()
 
 
@@ -144,9 +144,9 @@ def test_int4s_group_is_one_that_engines_know():
     of = lambda inputs, size: jax.eval_shape(
         lambda w: fpq.quantize_array(w, spec(size)), jax.ShapeDtypeStruct((inputs, 8), "float32")
     )
-    assert form_for("int4", [of(512, 256), of(256, 256)]) == Int4(128)
-    assert form_for("int4", [of(512, 256), of(192, 64), of(192, 64)]) == Int4(64)
-    assert form_for("int4", [of(96, "channel")]) == Int4(32)
+    assert scheme_for("int4", [of(512, 256), of(256, 256)]) == Int4(128)
+    assert scheme_for("int4", [of(512, 256), of(192, 64), of(192, 64)]) == Int4(64)
+    assert scheme_for("int4", [of(96, "channel")]) == Int4(32)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fpq_jax import FpqError, Recipe, make_mesh
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._pipeline.estimate import Estimate, estimate
 from fpq_jax._pipeline.quantize_layers import linears
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 GIB = 2**30
 FITS = Estimate(host=3 * GIB, resident=GIB, per_window=GIB // 64, device=GIB, disk=GIB, windows=64,
@@ -53,11 +53,11 @@ def test_what_does_not_fit_is_refused_with_what_would(changes, smallest, said):
 
 def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_llama):
     checkpoint = HfCheckpoint(tiny_llama)
-    skeleton = Skeleton(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
+    model_spec = ModelSpec(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
     recipe = Recipe.load("w4a8-fp-m2-lorc").with_lorc_rank(4)
     chosen = recipe.for_linears(linears(checkpoint).values())
     kernels = {path: chosen[name] for path, name in linears(checkpoint).items()}
-    of = lambda windows, **more: estimate(skeleton, kernels, (windows, 64), 64, make_mesh(), tiny_llama, **more)
+    of = lambda windows, **more: estimate(model_spec, kernels, (windows, 64), 64, make_mesh(), tiny_llama, **more)
     large, small = of(256), of(256, batch_tokens=64)
     assert small.device < large.device and small.disk == large.disk and small.per_window == 64 * 48 * 4
     more = of(756, batch_tokens=64)

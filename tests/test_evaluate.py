@@ -72,14 +72,14 @@ def test_residencies_give_the_same_and_an_fp8_cache_nearly_so(monkeypatch, tmp_p
     )
     quantize(quantize_options)
     reports = {}
-    for expand, kv_cache in (("load", "model"), ("step", "model"), ("load", "float8")):
-        path = tmp_path / f"{expand}-{kv_cache}.json"
-        options = ("--expand", expand, "--kv-cache", kv_cache, "--report", path)
+    for weights, kv_cache in (("fp8", "model"), ("packed", "model"), ("fp8", "float8")):
+        path = tmp_path / f"{weights}-{kv_cache}.json"
+        options = ("--weights", weights, "--kv-cache", kv_cache, "--report", path)
         command(monkeypatch, "--model", tmp_path / "q", *options)
-        reports[expand, kv_cache] = json.loads(path.read_text())
-        assert (reports[expand, kv_cache]["expand"], reports[expand, kv_cache]["kv_cache"]) == (expand, kv_cache)
+        reports[weights, kv_cache] = json.loads(path.read_text())
+        assert (reports[weights, kv_cache]["weights"], reports[weights, kv_cache]["kv_cache"]) == (weights, kv_cache)
     value = lambda *which: reports[which]["perplexity"][str(text_file)]["quantized"]
-    assert value("load", "model") == value("step", "model")
-    assert value("load", "float8") != value("load", "model")
-    assert value("load", "float8") == pytest.approx(value("load", "model"), rel=0.05)
-    assert reports["step", "model"]["weight_bytes"] < reports["load", "model"]["weight_bytes"]
+    assert value("fp8", "model") == value("packed", "model")
+    assert value("fp8", "float8") != value("fp8", "model")
+    assert value("fp8", "float8") == pytest.approx(value("fp8", "model"), rel=0.05)
+    assert reports["packed", "model"]["weight_bytes"] < reports["fp8", "model"]["weight_bytes"]

@@ -10,7 +10,7 @@ from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._pipeline.evaluation import perplexities
 from fpq_jax._pipeline.perplexity import perplexity
 from fpq_jax.models.kv_cache import CacheShape
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 CONFIGS = {
     "llama": TINY_CONFIG,
@@ -30,9 +30,9 @@ def texts():
 
 def evaluate(folder, texts, **options):
     checkpoint = HfCheckpoint(folder)
-    skeleton = Skeleton(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
+    model_spec = ModelSpec(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
     read = lambda name: checkpoint.read_part(name, jnp.float32)
-    return perplexities(skeleton, read, texts, make_mesh(), **options)
+    return perplexities(model_spec, read, texts, make_mesh(), **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -89,5 +89,5 @@ def test_what_it_is_not_for():
         QuantSpec(format="int4-asym"),
     ):
         assert not takes(weight((64, 8), spec)), spec
-    with pytest.raises(FpqError, match="groups of a multiple of 32 inputs, not of 48; expand with load or step"):
+    with pytest.raises(FpqError, match="groups of a multiple of 32 inputs, not of 48; use weights fp8 or packed"):
         fragments(weight((192, 8), QuantSpec(group_size=48)))

@@ -54,7 +54,7 @@ def test_stop_tokens_come_from_the_generation_config_first(tiny_llama):
 
 def test_several_prompts_are_continued_together_and_shown_one_after_the_other(monkeypatch, capsys, tiny_llama):
     options = ["--model", tiny_llama, "--max-new-tokens", 5, "--kv-cache", "float8"]
-    command(monkeypatch, *options, "--prompt", "the fox", "a [b] dog runs", "--expand", "step")
+    command(monkeypatch, *options, "--prompt", "the fox", "a [b] dog runs", "--weights", "packed")
     together = capsys.readouterr().out
     assert together.index("the fox") < together.index("a [b] dog runs")
     assert "23 prompt tokens" in together and "10 new tokens" in together
@@ -73,15 +73,17 @@ def test_our_own_kernel_is_said_to_be_unmeasured(monkeypatch, capsys, tiny_llama
     save(tmp_path / "out", with_params(model, params))
     shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "out")
     said = {}
-    for how in ("load", "kernel"):
-        command(monkeypatch, "--model", tmp_path / "out", "--expand", how, "--max-new-tokens", 5, "--prompt", "the fox")
+    for how in ("fp8", "fragments"):
+        command(
+            monkeypatch, "--model", tmp_path / "out", "--weights", how, "--max-new-tokens", 5, "--prompt", "the fox"
+        )
         said[how] = capsys.readouterr().out
-    assert said["kernel"].startswith(
-        "expand kernel: the kernel is compiled and checked for Hopper but not yet measured"
+    assert said["fragments"].startswith(
+        "weights fragments: the kernel is compiled and checked for Hopper but not yet measured"
     )
-    assert said["load"].splitlines()[0] == said["kernel"].splitlines()[1]
+    assert said["fp8"].splitlines()[0] == said["fragments"].splitlines()[1]
     for module, more in ((generate, ["--prompt", "a"]), (evaluate, ["--eval", "demo"])):
-        monkeypatch.setattr("sys.argv", ["fpq", "--model", str(tiny_llama), "--expand", "kernel", *more])
+        monkeypatch.setattr("sys.argv", ["fpq", "--model", str(tiny_llama), "--weights", "fragments", *more])
         with pytest.raises(SystemExit):
             run_command(module.main, module.Options, "fpq")
         printed = capsys.readouterr()

@@ -28,11 +28,11 @@ def quantized(model, **changes):
 
 
 @pytest.mark.parametrize("folder", ["tiny_llama", "tiny_opt"])
-@pytest.mark.parametrize("expand", [None, "load", "step"])
-def test_greedy_rows_of_a_batch_equal_whole_forwards_one_by_one(request, folder, expand):
+@pytest.mark.parametrize("weights", [None, "fp8", "packed"])
+def test_greedy_rows_of_a_batch_equal_whole_forwards_one_by_one(request, folder, weights):
     model = load(request.getfixturevalue(folder))
-    if expand is not None:
-        model = prepare(quantized(model), expand)
+    if weights is not None:
+        model = prepare(quantized(model), weights)
     heard = {row: [] for row in range(len(PROMPTS))}
     generator = Generator(model)
     result = generator(PROMPTS, max_new_tokens=8, on_token=lambda row, token: heard[row].append(token))
@@ -60,7 +60,7 @@ def test_programs_are_compiled_once_for_shapes(tiny_llama):
 
 def test_programs_take_the_weights_as_arguments_and_write_the_cache_in_place(tiny_llama):
     """That none copies a weight on the way is seen where temporaries are smaller than one, in test_hopper."""
-    model = prepare(quantized(load(tiny_llama)), "load")
+    model = prepare(quantized(load(tiny_llama)), "fp8")
     generator = Generator(model)
     generator([PROMPT], max_new_tokens=3)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params_of(model)))

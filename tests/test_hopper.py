@@ -12,7 +12,7 @@ from conftest import abstract_quantized
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fpq_jax import FpqError, QuantSpec, linear, lorc, quantize_array
-from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax.debug import compile_for_hopper, hopper
 
 pytestmark = pytest.mark.usefixtures("hopper_compiler")
@@ -48,10 +48,10 @@ SMALLEST_WEIGHT = 4096 * 4096
 
 
 @cache
-def program(name, what, layers=32, rank=0, expand="load", mesh=None, **options):
+def program(name, what, layers=32, rank=0, weights="fp8", mesh=None, **options):
     config = MODELS[name] | {"num_hidden_layers": layers}
     mesh = mesh and AbstractMesh(mesh, ("data", "model"))
-    return hopper(abstract_quantized(config, SPECS[what], rank=rank, expand=expand, mesh=mesh), **options)
+    return hopper(abstract_quantized(config, SPECS[what], rank=rank, weights=weights, mesh=mesh), **options)
 
 
 def kernels_per_layer(*arguments, **options):
@@ -73,10 +73,10 @@ def weights_of(products):
     return sorted((rows, math.prod(inner)) for rows, *inner in larger)
 
 
-def abstract_weight(shape, spec, rank=0, expand="load"):
+def abstract_weight(shape, spec, rank=0, weights="fp8"):
     def make(w):
         q = quantize_array(w, spec)
-        return resident(lorc(w, q, rank=rank) if rank else q, expand)
+        return to_layout(lorc(w, q, rank=rank) if rank else q, weights)
 
     return jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
 
@@ -238,7 +238,7 @@ OWN_KERNELS = {("llama-7b", 0): (22, 22), ("llama-7b", 8): (32, 32), ("opt-6.7b"
 def test_a_decode_step_with_our_own_kernel(name, rank):
     """It multiplies packed codes: no weight is expanded, and nothing else multiplies one."""
     for batch, expected in zip((1, 16), OWN_KERNELS[name, rank], strict=True):
-        options = dict(rank=rank, expand="kernel", batch=batch)
+        options = dict(rank=rank, weights="fragments", batch=batch)
         assert kernels_per_layer(name, "w4a8", **options) == expected
         compiled = program(name, "w4a8", layers=2, **options)
         products = compiled.matmuls("fp4_matmul")
@@ -250,11 +250,11 @@ def test_a_decode_step_with_our_own_kernel(name, rank):
         assert compiled.temp_bytes < SMALLEST_WEIGHT
     assert "8 of our own kernel" in str(compiled)
     with pytest.raises(FpqError, match="Our own kernel is for capability 9, not 8"):
-        program(name, "w4a8", layers=1, rank=rank, expand="kernel", capability=8)
+        program(name, "w4a8", layers=1, rank=rank, weights="fragments", capability=8)
 
 
 def test_a_prefill_with_our_own_kernels_weights_is_that_of_packed_ones():
-    own, packed = (program("llama-7b", "w4a8", layers=1, expand=how, tokens=2048) for how in ("kernel", "step"))
+    own, packed = (program("llama-7b", "w4a8", layers=1, weights=how, tokens=2048) for how in ("fragments", "packed"))
     assert not own.matmuls("fp4_matmul")
     assert Counter(k.kind for k in own.kernels) == Counter(k.kind for k in packed.kernels)
     assert own.temp_bytes == packed.temp_bytes
@@ -288,15 +288,15 @@ def test_kernels_of_a_decoder_layer(name, what, rank):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_weights_are_expanded_one_product_at_a_time(name):
-    load, step = (program(name, "w4a8", layers=2, expand=expand) for expand in ("load", "step"))
+    fp8, packed = (program(name, "w4a8", layers=2, weights=weights) for weights in ("fp8", "packed"))
     weights = 2 * sum(rows * inputs for rows, inputs in PRODUCTS[name])
     # half a byte for each weight, a byte for each group of 256 and a float32 for each row
-    assert 0.48 * weights < load.argument_bytes - step.argument_bytes < 0.5 * weights
-    assert len(step.matmuls("fp8_matmul")) == 8 and not step.matmuls("matmul", but=("head", "attention"))
+    assert 0.48 * weights < fp8.argument_bytes - packed.argument_bytes < 0.5 * weights
+    assert len(packed.matmuls("fp8_matmul")) == 8 and not packed.matmuls("matmul", but=("head", "attention"))
     largest = max(rows * inputs for rows, inputs in PRODUCTS[name])
-    assert largest <= step.temp_bytes < 1.5 * largest
-    assert len(weight_shaped(step, name)) <= 8
-    assert len(step.kernels) <= len(load.kernels) + 2 * 8
+    assert largest <= packed.temp_bytes < 1.5 * largest
+    assert len(weight_shaped(packed, name)) <= 8
+    assert len(packed.kernels) <= len(fp8.kernels) + 2 * 8
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -362,7 +362,7 @@ def test_two_devices_have_half_of_everything_and_multiply_with_wgmma():
 
 
 def test_rows_are_divided_over_data_and_packed_weights_and_an_fp8_cache_as_well():
-    options = dict(layers=1, rank=8, batch=64, expand="step", kv_cache="float8")
+    options = dict(layers=1, rank=8, batch=64, weights="packed", kv_cache="float8")
     compiled = program("llama-7b", "w4a8", mesh=(2, 2), **options)
     assert weights_of(compiled.matmuls("fp8_matmul")) == sorted(halves("llama-7b"))
     found = collectives(compiled)

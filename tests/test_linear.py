@@ -18,9 +18,9 @@ from fpq_jax import (
     quantize_array,
     quantize_tokens,
 )
-from fpq_jax._matmul.linear import Divided, Observed
+from fpq_jax._matmul.linear import RecordingKernel, RowParallelKernel
 from fpq_jax._matmul.products import product_kind, static_scale
-from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._numerics.scales import range_scale
 
@@ -152,10 +152,10 @@ def test_integers_meet_in_one_int8_dot_with_int32_accumulation():
 def test_expanded_weights_multiply_in_the_same_way(name):
     x, w, _ = operands()
     q = quantized(w, SPECS[name])
-    np.testing.assert_array_equal(linear(x, resident(q, "load")), linear(x, q))
+    np.testing.assert_array_equal(linear(x, to_layout(q, "fp8")), linear(x, q))
     expected = {"m1": "fp8", "e5m2": "codes", "free": "dequantized", "w8a8-int": "int8", "w8a8-int-fp": "codes",
                 "w4a8-fp-int": "codes", "w4a8-int": "dequantized", "w4a4-int-symmetric": "int8"}  # fmt: skip
-    assert product_kind(q) == product_kind(resident(q, "load")) == expected.get(name, product_kind(q))
+    assert product_kind(q) == product_kind(to_layout(q, "fp8")) == expected.get(name, product_kind(q))
 
 
 def test_integer_sums_beyond_int32_are_taken_in_float32():
@@ -221,7 +221,7 @@ def test_zero_tiny_and_huge_tokens_give_finite_outputs(name):
 def test_an_observed_kernel_multiplies_and_records_the_quantized_input():
     x, w, bias = operands()
     seen = []
-    y = linear(x, Observed(w, E4M3, lambda raw, quantized: seen.append((raw, quantized))), bias)
+    y = linear(x, RecordingKernel(w, E4M3, lambda raw, quantized: seen.append((raw, quantized))), bias)
     assert seen[0][0] is x
     np.testing.assert_array_equal(seen[0][1], fake_quantize_tokens(x, E4M3))
     np.testing.assert_allclose(y, seen[0][1] @ w + bias, rtol=1e-6)
@@ -241,7 +241,7 @@ def test_inputs_divided_over_one_device_give_the_same(dtype, rtol):
     q = lorc(w, quantize_array(w, QuantSpec(group_size=32, constraint="m2")), rank=4)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 100)), dtype)
     bias = jnp.ones(24, dtype)
-    alone, divided = (jax.jit(linear)(x, kernel, bias) for kernel in (q, Divided(q, make_mesh())))
+    alone, divided = (jax.jit(linear)(x, kernel, bias) for kernel in (q, RowParallelKernel(q, make_mesh())))
     assert divided.dtype == dtype
     np.testing.assert_allclose(divided.astype(jnp.float32), alone.astype(jnp.float32), atol=rtol * jnp.abs(alone).max())
 

@@ -14,7 +14,7 @@ from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, group_len
 from fpq_jax._matmul.fp4_kernel.matmul import matmul
 from fpq_jax._matmul.fp4_kernel.reference import added_up, partial_sums
 from fpq_jax._matmul.fp4_kernel.schedule import Schedule
-from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax._numerics.activations import fake_quantize_tokens
 
 M2 = fpq.Recipe.load("w4a8-fp-m2")
@@ -56,11 +56,11 @@ def test_it_is_what_expanded_weights_give(spec):
     x, q = operands(5, 900, 150, spec, seed=1)
     q = lorc(dequantize(q) + 0.1, q, rank=4)
     bias = jnp.linspace(-1, 1, 150)
-    held = {how: resident(q, how) for how in ("load", "kernel")}
-    assert isinstance(held["kernel"], Fragments) and not isinstance(held["load"], Fragments)
-    close(linear(x, held["kernel"], bias), np.asarray(linear(x, held["load"], bias)))
+    held = {how: to_layout(q, how) for how in ("fp8", "fragments")}
+    assert isinstance(held["fragments"], Fragments) and not isinstance(held["fp8"], Fragments)
+    close(linear(x, held["fragments"], bias), np.asarray(linear(x, held["fp8"], bias)))
     many = jnp.tile(x, (40, 1))  # more tokens than the kernel is for
-    np.testing.assert_array_equal(linear(many, held["kernel"], bias), linear(many, held["load"], bias))
+    np.testing.assert_array_equal(linear(many, held["fragments"], bias), linear(many, held["fp8"], bias))
 
 
 def test_any_schedule_gives_the_product_and_leaves_the_poison_out():
@@ -100,23 +100,23 @@ def test_other_peoples_functions_and_stacks():
     x = jax.random.normal(jax.random.key(2), (4, 128))
     uses = fpq.find_kernels(apply, params, x)
     small = fpq.quantize_params(params, M2, uses=uses)
-    ready = fpq.expand_params(small, "kernel")
+    ready = fpq.expand_params(small, "fragments")
     assert all(
         isinstance(leaf, Fragments) for leaf in jax.tree.leaves(ready, is_leaf=lambda a: isinstance(a, Fragments))
     )
-    found, expected = (fpq.quantized(apply, strict=True)(tree, x) for tree in (ready, fpq.expand_params(small, "load")))
+    found, expected = (fpq.quantized(apply, strict=True)(tree, x) for tree in (ready, fpq.expand_params(small, "fp8")))
     for one, other in zip(found, expected, strict=True):
         close(one, np.asarray(other), 1e-5)
     for one, other in zip(*(map(jax.tree.leaves, map(fpq.dequantize_params, (ready, small)))), strict=True):
         np.testing.assert_array_equal(one, other)
-    back = fpq.expand_params(ready, "step")
+    back = fpq.expand_params(ready, "packed")
     assert jax.tree.structure(back) == jax.tree.structure(small)
 
 
 def test_a_tree_is_saved_as_it_was_before(tmp_path):
     params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (300, 70))}}
     small = fpq.quantize_params(params, M2)
-    fpq.save(tmp_path / "out", fpq.expand_params(small, "kernel"))
+    fpq.save(tmp_path / "out", fpq.expand_params(small, "fragments"))
     loaded = fpq.load(tmp_path / "out", like=params)
     assert jax.tree.structure(loaded) == jax.tree.structure(small)
     for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(small), strict=True):
@@ -126,8 +126,8 @@ def test_a_tree_is_saved_as_it_was_before(tmp_path):
 def test_trees_are_expanded_under_transformations():
     params = {"kernel": jax.random.normal(jax.random.key(0), (300, 70))}
     small = fpq.quantize_params(params, M2)
-    for how in ("load", "kernel"):
-        expand = partial(fpq.expand_params, expand=how)
+    for how in ("fp8", "fragments"):
+        expand = partial(fpq.expand_params, weights=how)
         now, later = expand(small), jax.jit(expand)(small)
         assert jax.tree.structure(now) == jax.tree.structure(later)
         for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(later), strict=True):
@@ -145,15 +145,17 @@ def test_what_it_is_not_for_is_said(monkeypatch):
     params = {"kernel": jax.random.normal(jax.random.key(0), (300, 70))}
     for tree in (params, *(fpq.quantize_params(params, fpq.Recipe.load(n)) for n in ("w8a8-fp", "w4a8-int"))):
         with pytest.raises(FpqError, match="No weight here is for the kernel"):
-            fpq.expand_params(tree, "kernel")
+            fpq.expand_params(tree, "fragments")
     small = fpq.quantize_params(params, M2)
 
     class Other:
         platform, device_kind, compute_capability = "gpu", "NVIDIA A100", "8.0"
 
     monkeypatch.setattr(matmul_module.jax, "devices", lambda: [Other()])
-    with pytest.raises(FpqError, match=r"for Hopper \(H100, H200\), and this is NVIDIA A100; expand with load or step"):
-        fpq.expand_params(small, "kernel")
+    with pytest.raises(
+        FpqError, match=r"for Hopper \(H100, H200\), and this is NVIDIA A100; use weights fp8 or packed"
+    ):
+        fpq.expand_params(small, "fragments")
 
 
 def test_no_tokens_and_the_smallest_weight():

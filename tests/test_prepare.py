@@ -37,7 +37,7 @@ def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
     model = load(request.getfixturevalue(folder))
     model = model if spec is None else quantized(model, spec)
     expected = logits(model)
-    at_load, in_step = prepare(model, "load"), prepare(model, "step")
+    at_load, in_step = prepare(model, "fp8"), prepare(model, "packed")
     np.testing.assert_allclose(logits(at_load), expected, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_array_equal(logits(at_load), logits(in_step))
     merged = {path for path in params_of(at_load) if "qkv_proj" in path or "gate_up_proj" in path}
@@ -51,28 +51,28 @@ def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
 
 def test_a_model_with_our_own_kernel(tiny_llama):
     model = quantized(load(tiny_llama))
-    ready = prepare(model, "kernel")
+    ready = prepare(model, "fragments")
     linears = [leaf for path, leaf in params_of(ready).items() if path.startswith("layers.") and "kernel" in path]
     assert len(linears) == 2 * 4 and all(isinstance(leaf, Fragments) for leaf in linears)
     assert ready.decode_rows == 1 and ready.prepared
     without = lambda leaf: replace(leaf, low_rank=None) if isinstance(leaf, QTensor) else leaf
     plain = {path: without(leaf) for path, leaf in params_of(model).items()}
-    assert prepare(with_params(model, plain), "kernel").decode_rows == 2
+    assert prepare(with_params(model, plain), "fragments").decode_rows == 2
     expected = logits(prepare(model))
     np.testing.assert_allclose(logits(ready), expected, atol=1e-5 * np.abs(expected).max())
     prompts = [[1, 5, 9], [7]]
-    found, others = (Generator(prepare(model, how))(prompts, max_new_tokens=8).tokens for how in ("kernel", "load"))
+    found, others = (Generator(prepare(model, how))(prompts, max_new_tokens=8).tokens for how in ("kernel", "fp8"))
     assert found == others
-    again = prepare(ready, "load")  # another form of what is there
+    again = prepare(ready, "fp8")  # another form of what is there
     np.testing.assert_array_equal(logits(again), expected)
     assert not any(isinstance(leaf, Fragments) for leaf in params_of(again).values()) and again.decode_rows == 16
     for devices in (1, 2):
         mesh = jax.sharding.AbstractMesh((1, devices), ("data", "model"))
-        with pytest.raises(FpqError, match="multiplies on one device, without a mesh; expand with load or step"):
-            prepare(model, "kernel", mesh=mesh)
+        with pytest.raises(FpqError, match="multiplies on one device, without a mesh; use weights fp8 or packed"):
+            prepare(model, "fragments", mesh=mesh)
     for other in (load(tiny_llama), quantized(load(tiny_llama), W8)):
         with pytest.raises(FpqError, match="No weight here is for the kernel"):
-            prepare(other, "kernel")
+            prepare(other, "fragments")
 
 
 def test_linears_of_different_kinds_are_not_merged(tiny_llama):
@@ -88,11 +88,11 @@ def test_the_model_itself_stays_as_it_is_and_can_be_saved(tiny_llama, tmp_path):
     before = jax.tree.leaves(params_of(model))
     ready = prepare(model)
     assert all(a is b for a, b in zip(before, jax.tree.leaves(params_of(model)), strict=True))
-    with pytest.raises(FpqError, match="prepared to be run cannot be saved; load it without expand"):
+    with pytest.raises(FpqError, match="prepared to be run cannot be saved; load it without weights"):
         save(tmp_path / "out", ready)
     assert not (tmp_path / "out").exists()
     save(tmp_path / "out", model)
-    np.testing.assert_array_equal(logits(load(tmp_path / "out", expand="step")), logits(prepare(model, "step")))
+    np.testing.assert_array_equal(logits(load(tmp_path / "out", weights="packed")), logits(prepare(model, "packed")))
     np.testing.assert_array_equal(logits(prepare(ready)), logits(ready))
 
 
@@ -109,8 +109,8 @@ def test_an_abstract_model_is_prepared_without_memory(tiny_llama):
 
 def test_unknown_options_are_said(tiny_llama):
     model = load(tiny_llama)
-    for call in (lambda: prepare(model, "now"), lambda: load(tiny_llama, expand="now")):
-        with pytest.raises(FpqError, match="expand is 'now'; it must be load, step or kernel"):
+    for call in (lambda: prepare(model, "now"), lambda: load(tiny_llama, weights="now")):
+        with pytest.raises(FpqError, match="weights is 'now'; it must be fp8, packed or fragments"):
             call()
     with pytest.raises(FpqError, match="attention is 'flash'; it must be xla or cudnn"):
         prepare(model, attention="flash")
@@ -118,7 +118,7 @@ def test_unknown_options_are_said(tiny_llama):
 
 
 def test_what_is_replaced_in_place_is_freed_layer_by_layer(tiny_llama):
-    model = prepare_in_place(quantized(load(tiny_llama)), "load")
+    model = prepare_in_place(quantized(load(tiny_llama)), "fp8")
     assert model.prepared
     seen = []
     model = quantized(load(tiny_llama))
@@ -132,5 +132,5 @@ def test_what_is_replaced_in_place_is_freed_layer_by_layer(tiny_llama):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_prepare, "_merge", watched)
-        prepare_in_place(model, "load")
+        prepare_in_place(model, "fp8")
     assert seen[0] == 2 and seen[-1] <= 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import E2M1, E4M3, FpqError, LowRank, QuantSpec, dequantize, expand, lorc, quantize_array
-from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._matmul.weight_layouts import to_layout
 
 SPECS = [
     QuantSpec(group_size=32),
@@ -82,7 +82,7 @@ def test_what_does_not_expand_exactly_is_refused():
     free = quantize_array(jnp.asarray(weights()), QuantSpec(group_size=32))
     with pytest.raises(FpqError, match="free group scales"):
         expand(free)
-    assert resident(free, "load") is free
+    assert to_layout(free, "fp8") is free
     for name in ("int8", "int4-asym", "e4m3-qtorch"):
         with pytest.raises(FpqError, match=f"in {name} has no exact FP8 form"):
             expand(quantize_array(jnp.asarray(weights()), QuantSpec(format=name, group_size="channel")))

@@ -6,20 +6,20 @@ import pytest
 
 from fpq_jax import FpqError
 from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4
-from fpq_jax._storage.quantization_config import form_of
+from fpq_jax._storage.quantization_config import scheme_of
 
 
 def test_the_arguments_written_are_those_of_the_library():
     pytest.importorskip("torch", reason="the torch extra is not installed")
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
-    for preset, form in (
+    for preset, scheme in (
         ("FP8_DYNAMIC", Fp8()),
         ("FP8", Fp8("static", True)),
         ("MXFP4A16", Mxfp4()),
         ("W4A16", Int4()),
     ):
-        config = form.config(["lm_head"])
+        config = scheme.config(["lm_head"])
         parsed = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "quant_method"})
         theirs, ours = preset_name_to_scheme(preset, ["Linear"]), parsed.config_groups["group_0"]
         for part in ("weights", "input_activations"):
@@ -28,10 +28,12 @@ def test_the_arguments_written_are_those_of_the_library():
                     preset,
                     key,
                 )
-        assert form_of(config) == form
+        assert scheme_of(config) == scheme
         # as the library itself writes it, with all its keys
-        dumped = json.loads(QuantizationConfig(config_groups={"group_0": theirs}, format=form.FORMAT).model_dump_json())
-        assert form_of(dumped) == form
+        dumped = json.loads(
+            QuantizationConfig(config_groups={"group_0": theirs}, format=scheme.FORMAT).model_dump_json()
+        )
+        assert scheme_of(dumped) == scheme
 
 
 WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -60,6 +62,6 @@ GROUPS = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}
 )
 def test_what_is_not_supported_is_named(changed, said):
     config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": GROUPS}
-    assert form_of(config) == Fp8(None)
+    assert scheme_of(config) == Fp8(None)
     with pytest.raises(FpqError, match=said):
-        form_of(config | changed)
+        scheme_of(config | changed)

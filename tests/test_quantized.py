@@ -408,7 +408,7 @@ def test_tracing_costs_at_most_three_times_as_much():
     model, x = nn.Sequential([Block() for _ in range(32)]), jnp.zeros((2, 8, 32))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     uses = fpq.find_kernels(model.apply, shapes, x)
-    assert sum(not use.why_not for use in uses.values()) == 32 * 7
+    assert sum(not use.reason for use in uses.values()) == 32 * 7
     recipe = fpq.Recipe.load("w4a8-fp-m2")
     small = jax.eval_shape(lambda p: fpq.quantize_params(p, recipe, uses=uses), shapes)
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from fpq_jax import FpqError, QuantSpec, lorc, quantize_array
-from fpq_jax._matmul.linear import Divided
+from fpq_jax._matmul.linear import RowParallelKernel
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax.models.parameters import abstract_model, params_of
 from fpq_jax.models.registry import model_class_of
@@ -100,7 +100,7 @@ def test_a_prepared_model_has_parts_of_merged_outputs_and_knows_which_inputs_are
     params = params_of(model)
     assert params["layers.0.self_attn.qkv_proj.kernel"].codes.sharding.spec == ROWS
     assert params["layers.0.mlp.gate_up_proj.kernel"].low_rank.b.sharding.spec == COLUMNS
-    divided = {path for path, leaf in params.items() if isinstance(leaf, Divided)}
+    divided = {path for path, leaf in params.items() if isinstance(leaf, RowParallelKernel)}
     assert divided == {f"layers.{i}.{name}.kernel" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
     assert params["layers.1.mlp.down_proj.kernel"].kernel.codes.sharding.spec == COLUMNS
     assert model.mesh == model.embed_tokens.mesh == TWO

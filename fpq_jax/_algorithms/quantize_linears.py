@@ -23,13 +23,13 @@ from fpq_jax._algorithms.gptq import GptqStats, gptq_with_stats
 from fpq_jax._algorithms.lorc import lorc
 from fpq_jax._algorithms.output_error import column_errors
 from fpq_jax._algorithms.recipe import LinearRecipe
-from fpq_jax._algorithms.statistics import Seen, Together
+from fpq_jax._algorithms.statistics import CalibrationStats, SharedInput
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._numerics.scales import Scale
 from fpq_jax._numerics.spec import QuantSpec
 from fpq_jax._support.mesh import AXES
-from fpq_jax._support.placement import abstract, divided, from_one, replicate
+from fpq_jax._support.placement import abstract, broadcast_from, per_device, replicate
 from fpq_jax._support.trees import Flat
 
 _TOLERANCE = 1.001  # GPTQ's error may exceed rounding's by this factor of float noise
@@ -56,7 +56,13 @@ class LinearResult:
 
 
 def quantize_linears(
-    weights: Flat, todo: dict[str, LinearRecipe], names: dict[str, str], seen: Seen, mesh: Mesh, seed: int, timer: Timer
+    weights: Flat,
+    todo: dict[str, LinearRecipe],
+    names: dict[str, str],
+    seen: CalibrationStats,
+    mesh: Mesh,
+    seed: int,
+    timer: Timer,
 ) -> dict[str, tuple[QTensor, LinearResult]]:
     """QTensor and result of each kernel in ``todo``, in its order. ``weights``: by path, on the host.
 
@@ -93,13 +99,13 @@ def quantize_linears(
     return done
 
 
-def _hessian_of(path: str, seen: Seen) -> Float[Array, "in in"]:
+def _hessian_of(path: str, seen: CalibrationStats) -> Float[Array, "in in"]:
     return next(hessian for paths, hessian in seen.hessians.items() if path in paths)
 
 
-def solved_together(todo: dict[str, LinearRecipe], sharing: Iterable[Together], weights: Flat) -> list[Together]:
+def solved_together(todo: dict[str, LinearRecipe], sharing: Iterable[SharedInput], weights: Flat) -> list[SharedInput]:
     """The kernels of each run of GPTQ; ``sharing``: those that see one input. ``weights`` may be shapes alone."""
-    units: list[Together] = []
+    units: list[SharedInput] = []
     for path in todo:
         if not any(path in unit for unit in units):
             others = next(paths for paths in sharing if path in paths)
@@ -129,7 +135,7 @@ class _Solved(NamedTuple):
 
 
 def _solve_unit(
-    unit: Together, weights: Flat, hessian: Float[Array, "in in"], recipe: LinearRecipe, mesh: Mesh
+    unit: SharedInput, weights: Flat, hessian: Float[Array, "in in"], recipe: LinearRecipe, mesh: Mesh
 ) -> dict[str, _Solved]:
     """Kernels that are solved side by side, each for itself again."""
     unseen = not bool(jnp.any(jnp.diagonal(hessian) > 0))
@@ -219,7 +225,7 @@ def solve(
         return local(w, hessian)
     local = partial(local, everywhere=lambda values: jax.lax.all_gather(values, AXES, tiled=True))
     out: Any = (P(AXES), P(), P(), P(), P())
-    solved = divided(local, mesh, (P(None, AXES), P()), _Solved(*out))(w, hessian)
+    solved = per_device(local, mesh, (P(None, AXES), P()), _Solved(*out))(w, hessian)
     return solved._replace(q=replace(solved.q, shape=w.shape))
 
 
@@ -256,7 +262,7 @@ def _with_lorc(
         assert recipe is not None
         q = tensors[path]
         shapes = jax.eval_shape(partial(_factors, rank=recipe.rank, dtype=recipe.dtype), weights[path], q, seed=seed)
-        result[path] = replace(q, low_rank=from_one(found, shapes, mesh))
+        result[path] = replace(q, low_rank=broadcast_from(found, shapes, mesh))
     return result
 
 

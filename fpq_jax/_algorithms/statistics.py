@@ -8,14 +8,14 @@ from jaxtyping import Array, Float, Shaped
 from fpq_jax._algorithms.linalg import matmul
 from fpq_jax._numerics.scales import Scale
 
-Together = tuple[str, ...]  # kernels that see one input
+SharedInput = tuple[str, ...]  # kernels that see one input
 
 
-class Seen(NamedTuple):
+class CalibrationStats(NamedTuple):
     """hessians: mean x^T x [in, in] over all tokens, by the kernels that see x. fixed: by kernel, the static scale of
     its x where it has one. All of it on every device."""
 
-    hessians: dict[Together, Any]
+    hessians: dict[SharedInput, Any]
     fixed: dict[str, Scale]
 
 

@@ -23,12 +23,12 @@ from fpq_jax._checkpoints.model_folder import QuantizedCheckpoint, sidecars
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.formats import E4M3
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
-from fpq_jax._storage.compressed_tensors import CompressedForm, can_hold, form_for
+from fpq_jax._storage.compressed_tensors import CompressedScheme, can_hold, scheme_for
 from fpq_jax._storage.config_json import QUANTIZATION_KEYS
 from fpq_jax._storage.lora_adapter import FOLDER, AdapterWriter
-from fpq_jax._storage.native_safetensors import Packed
+from fpq_jax._storage.native_safetensors import NativeScheme
 from fpq_jax._storage.safetensors_writer import DTYPES, TensorsWriter
-from fpq_jax._storage.scheme import Dense, Form
+from fpq_jax._storage.scheme import DenseScheme, StorageScheme
 from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_disk
 from fpq_jax._support.trees import Flat
@@ -46,7 +46,7 @@ class Export:
     checkpoint: QuantizedCheckpoint | HfCheckpoint
     leaves: Flat  # every parameter's shape, by path in the order in which they are read
     name: FormatName
-    form: Form
+    scheme: StorageScheme
     merge_lorc: bool
     max_shard_size: int
 
@@ -56,7 +56,7 @@ class Export:
         return self._adapter(Path()).rank
 
     def _adapter(self, folder: Path) -> AdapterWriter:
-        beside = isinstance(self.form, CompressedForm) and not self.merge_lorc
+        beside = isinstance(self.scheme, CompressedScheme) and not self.merge_lorc
         return AdapterWriter(folder / FOLDER, self.weights if beside else {})
 
     @cached_property
@@ -69,12 +69,12 @@ class Export:
         for path, leaf in self.leaves.items():
             if isinstance(leaf, QTensor):
                 linear = self._linear(path)
-                for suffix, expected in self.form.expected(linear, leaf.shape).items():
+                for suffix, expected in self.scheme.expected(linear, leaf.shape).items():
                     dtype = DTYPES[expected.dtypes[0]]
                     yield f"{linear}.{suffix}", jax.ShapeDtypeStruct(expected.shapes[0], dtype)
             else:
                 shape = leaf.shape[::-1] if is_kernel(path) else leaf.shape
-                yield self._tensor(path), jax.ShapeDtypeStruct(shape, self.form.dtype or leaf.dtype)
+                yield self._tensor(path), jax.ShapeDtypeStruct(shape, self.scheme.dtype or leaf.dtype)
 
     def _tensor(self, path: str) -> str:
         return tensor_name(self.checkpoint.model_class, path)
@@ -87,9 +87,9 @@ class Export:
         writer = TensorsWriter(
             folder,
             dict(self._tensors()),
-            stem=self.form.stem,
+            stem=self.scheme.stem,
             max_shard_size=self.max_shard_size,
-            metadata=self.form.metadata,
+            metadata=self.scheme.metadata,
         )
         adapter = self._adapter(folder)
         if (needed := writer.nbytes + adapter.nbytes) > (free := free_disk(folder)):
@@ -106,7 +106,7 @@ class Export:
             if file.name != "config.json":
                 shutil.copyfile(file, folder / file.name)
         for name in _OURS:
-            if isinstance(self.form, Packed) and (source / name).is_file():
+            if isinstance(self.scheme, NativeScheme) and (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         (folder / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
         return writer
@@ -114,27 +114,27 @@ class Export:
     def _write(self, path: str, leaf: Any, writer: TensorsWriter, adapter: AdapterWriter) -> None:
         if not isinstance(leaf, QTensor):
             name = self._tensor(path)
-            values = leaf if self.form.dtype is None else leaf.astype(self.form.dtype)
+            values = leaf if self.scheme.dtype is None else leaf.astype(self.scheme.dtype)
             _check_finite(name, jnp.isfinite(leaf).all(), jnp.isfinite(values).all())
             writer.write(name, np.asarray(values.T if is_kernel(path) else values))
             return
         linear = self._linear(path)
         if self.merge_lorc and leaf.low_rank is not None:
             leaf = _merged(leaf)
-        _check_finite(linear, *_finite(leaf, self.form.dtype))
-        if isinstance(self.form, CompressedForm) and not _holds(self.form, leaf):
+        _check_finite(linear, *_finite(leaf, self.scheme.dtype))
+        if isinstance(self.scheme, CompressedScheme) and not _holds(self.scheme, leaf):
             raise FpqError(f"{linear} cannot be held exactly in {self.name}; its scales are outside of what that has.")
-        for suffix, values in self.form.tensors(leaf).items():
+        for suffix, values in self.scheme.tensors(leaf).items():
             writer.write(f"{linear}.{suffix}", np.asarray(values))
         adapter.write(linear, leaf)
 
     def _config(self) -> dict[str, Any]:
         config = {key: value for key, value in self.checkpoint.config.items() if key not in QUANTIZATION_KEYS}
-        dtype = str(jnp.dtype(self.form.arithmetic or self.checkpoint.dtype))
+        dtype = str(jnp.dtype(self.scheme.arithmetic or self.checkpoint.dtype))
         # transformers 5 says dtype, older ones torch_dtype, which all read
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
         merged, _ = self._merged_by_engines()
-        quantization = self.form.config([*self._unquantized, *merged])
+        quantization = self.scheme.config([*self._unquantized, *merged])
         return config if quantization is None else config | {"quantization_config": quantization}
 
     @cached_property
@@ -181,20 +181,20 @@ def plan(
         )
     if merge_lorc and not has_lorc:
         raise FpqError(f"{checkpoint.folder} has no LoRC to merge; leave out --merge-lorc.")
-    form = _form(name, weights)
+    scheme = _scheme(name, weights)
     stored = _merged_shapes(weights) if merge_lorc else weights
-    problems = {linear: why for linear, q in stored.items() if (why := form.why_not(q)) is not None}
+    problems = {linear: why for linear, q in stored.items() if (why := scheme.unsupported_reason(q)) is not None}
     if problems:
         linear, why = next(iter(problems.items()))
         others = f" (and {len(problems) - 1} other Linears)" if len(problems) > 1 else ""
         raise FpqError(f"{name} cannot hold {linear}{others} exactly: it has {why}. {_instead(weights)}")
-    return Export(checkpoint, leaves, name, form, merge_lorc, max_shard_size)
+    return Export(checkpoint, leaves, name, scheme, merge_lorc, max_shard_size)
 
 
-def _form(name: FormatName, weights: dict[str, QTensor]) -> Form:
+def _scheme(name: FormatName, weights: dict[str, QTensor]) -> StorageScheme:
     if name == "bf16":
-        return Dense()
-    return Packed.of(weights) if name == "safetensors" else form_for(name, list(weights.values()))
+        return DenseScheme()
+    return NativeScheme.of(weights) if name == "safetensors" else scheme_for(name, list(weights.values()))
 
 
 def _instead(weights: dict[str, QTensor]) -> str:
@@ -236,8 +236,8 @@ def _finite(q: QTensor, dtype: DTypeLike | None) -> tuple[Bool[Array, ""], Bool[
 
 
 @partial(jax.jit, static_argnums=0)
-def _holds(form: CompressedForm, q: QTensor) -> Bool[Array, ""]:
+def _holds(scheme: CompressedScheme, q: QTensor) -> Bool[Array, ""]:
     """Whether what is read back is the weight, bit for bit."""
     bits = lambda w: jax.lax.bitcast_convert_type(w, jnp.uint32)
-    written = form.qtensor("", form.tensors(q), q.shape)
+    written = scheme.qtensor("", scheme.tensors(q), q.shape)
     return jnp.all(bits(dequantize(written)) == bits(dequantize(q, low_rank=False)))

@@ -19,10 +19,10 @@ from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor, dequantize
 from fpq_jax._storage.config_json import quantization_config, read_config
 from fpq_jax._storage.lora_adapter import FOLDER, low_rank_of, read_rank, tensor_names
-from fpq_jax._storage.native_safetensors import METHOD, Packed
-from fpq_jax._storage.quantization_config import form_of
+from fpq_jax._storage.native_safetensors import METHOD, NativeScheme
+from fpq_jax._storage.quantization_config import scheme_of
 from fpq_jax._storage.safetensors_writer import DTYPES
-from fpq_jax._storage.scheme import Expected, ReadableForm
+from fpq_jax._storage.scheme import Expected, ReadableScheme
 from fpq_jax._storage.tensor_files import SafetensorsFile, TensorFile, listed, open_files
 from fpq_jax._support.trees import Flat
 from fpq_jax.models.parameters import is_kernel, parameter_shapes, part_of, tensor_name
@@ -45,7 +45,7 @@ class _Parameter(NamedTuple):
 class HfCheckpoint:
     """A Hugging Face model folder, opened and checked: every tensor there, none unknown, shapes as config.json says.
 
-    shapes: path of each parameter -> its shape. dtype: what most unquantized weights are stored in. form: how
+    shapes: path of each parameter -> its shape. dtype: what most unquantized weights are stored in. scheme: how
     quantized Linears are stored, None in an unquantized checkpoint.
     Raises FpqError, with all mismatches at once. Values are checked as they are read.
     """
@@ -56,7 +56,7 @@ class HfCheckpoint:
         self.model_class = model_class_of(self.config)
         self.model_config = self.model_class.Config.from_hf(self.config)
         files = open_files(folder)
-        self.form = _form(self.config, set(files.values()))
+        self.scheme = _scheme(self.config, set(files.values()))
         self._where = _by_name(files)
         self._rank = self._open_adapter()
         self.shapes = parameter_shapes(self.model_class, self.model_config)
@@ -74,13 +74,13 @@ class HfCheckpoint:
     @property
     def is_packed(self) -> bool:
         """Whether it is one that export wrote with all there is to know."""
-        return isinstance(self.form, Packed)
+        return isinstance(self.scheme, NativeScheme)
 
     def _parameter(self, path: str, shape: tuple[int, ...]) -> _Parameter:
         name = tensor_name(self.model_class, path)
         linear = name.removesuffix(".weight")
-        if self.form is not None and is_kernel(path) and self.form.stores(linear, self._where):
-            expected = self.form.expected(linear, (shape[0], shape[1]))
+        if self.scheme is not None and is_kernel(path) and self.scheme.stores(linear, self._where):
+            expected = self.scheme.expected(linear, (shape[0], shape[1]))
             names = {part: f"{linear}.{part}" for part in expected}
             if (factors := tensor_names(linear))["lora_A"] in self._where:
                 names |= factors
@@ -93,7 +93,7 @@ class HfCheckpoint:
     def _open_adapter(self) -> int:
         """Take the tensors of the adapter that an export has beside its weights in; its rank, 0 if there is none."""
         folder = self.folder / FOLDER
-        if self.form is None or not folder.is_dir():
+        if self.scheme is None or not folder.is_dir():
             return 0
         file = SafetensorsFile(folder / "adapter_model.safetensors")
         self._where |= {name: (file, name) for name in file.names()}
@@ -230,12 +230,12 @@ class HfCheckpoint:
     def _quantized(self, path: str, tensors: Mapping[str, Any]) -> QTensor:
         inputs, outputs = self.shapes[path]
         linear = self._parameters[path].linear
-        assert self.form is not None and linear is not None
-        q = self.form.qtensor(linear, tensors, (inputs, outputs))
+        assert self.scheme is not None and linear is not None
+        q = self.scheme.qtensor(linear, tensors, (inputs, outputs))
         return replace(q, low_rank=low_rank_of(tensors)) if "lora_A" in tensors else q
 
 
-def _form(config: Mapping[str, Any], files: set[TensorFile]) -> ReadableForm | None:
+def _scheme(config: Mapping[str, Any], files: set[TensorFile]) -> ReadableScheme | None:
     """How quantized Linears are stored."""
     told = quantization_config(config)
     if not told:
@@ -243,8 +243,8 @@ def _form(config: Mapping[str, Any], files: set[TensorFile]) -> ReadableForm | N
     if not isinstance(told, Mapping):
         raise FpqError("config.json: quantization_config is no JSON object.")
     if told.get("quant_method") == METHOD:
-        return Packed.read([file.metadata for file in sorted(files, key=lambda file: file.path)])
-    return form_of(told)
+        return NativeScheme.read([file.metadata for file in sorted(files, key=lambda file: file.path)])
+    return scheme_of(told)
 
 
 def _all_finite(value: np.ndarray) -> bool:

@@ -15,7 +15,7 @@ from fpq_jax._checkpoints.model_folder import QuantizedCheckpoint, write_params
 from fpq_jax._checkpoints.sources import abstract_leaves, open_model, resolve_model
 from fpq_jax._checkpoints.tree_folder import is_tree_dir, read_tree, write_tree
 from fpq_jax._errors import FpqError
-from fpq_jax._matmul.weight_layouts import Residency, check_any_for_kernel, check_residency
+from fpq_jax._matmul.weight_layouts import WeightLayout, check_any_for_fragments, check_layout
 from fpq_jax._storage.orbax_parts import arrays_of
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.new_directory import new_directory
@@ -36,7 +36,7 @@ def save(directory: str | Path, model: Any) -> None:
             write_tree(folder, model)
         return
     if model.prepared:
-        raise FpqError("A model that was prepared to be run cannot be saved; load it without expand, and save that.")
+        raise FpqError("A model that was prepared to be run cannot be saved; load it without weights, and save that.")
     config = model.config.to_hf()
     with new_directory(Path(directory)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -47,35 +47,34 @@ def load(
     directory: str | Path,
     *,
     dtype: Any = None,
-    expand: Residency | None = None,
+    weights: WeightLayout | None = None,
     mesh: Mesh | None = None,
     like: Any = None,
 ) -> Any:
     """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
 
     ``dtype`` is what the unquantized parameters are held in, by default as stored (float32 for float16 to be run on a
-    CPU, which has no such products). ``expand`` prepares the model to be run (see ``prepare``): "load" turns packed
-    4-bit codes into FP8 once, exactly, where their scales allow it; "step" leaves them packed, half the memory, and
-    expands them in each product; "kernel" lays them out for our own kernel, which has not been measured on a GPU yet.
-    None leaves everything as stored, for
-    ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its "model" axis as they are read; each
-    device reads its own part. Raises FpqError.
+    CPU, which has no such products). ``weights`` prepares the model to be run (see ``prepare``): "fp8" turns packed
+    4-bit codes into FP8 once, exactly, where their scales allow it; "packed" leaves them packed, half the memory, and
+    expands them in each product; "fragments" lays them out for our own kernel, which has not been measured on a GPU
+    yet. None leaves everything as stored, for ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its
+    "model" axis as they are read; each device reads its own part. Raises FpqError.
 
     For any other tree that ``save`` wrote: ``like`` is the tree before or after it was quantized, of arrays or
     shapes, or a function that makes it, and says the structure, and with its shardings where each array goes; no other
     option applies (see ``expand_params``).
     """
-    if expand is not None:
-        check_residency(expand, None if mesh is None else mesh.size)
+    if weights is not None:
+        check_layout(weights, None if mesh is None else mesh.size)
     folder = resolve_model(directory)
     if like is not None or is_tree_dir(folder):
-        return _load_tree(folder, like, dtype=dtype, expand=expand, mesh=mesh)
+        return _load_tree(folder, like, dtype=dtype, weights=weights, mesh=mesh)
     checkpoint = open_model(folder)
-    if expand is not None:
-        check_any_for_kernel(abstract_leaves(checkpoint), expand)
+    if weights is not None:
+        check_any_for_fragments(abstract_leaves(checkpoint), weights)
     if mesh is not None:
         check_division(checkpoint.model_class, checkpoint.model_config, mesh)
-    if expand is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:
+    if weights is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:
         dtype = arithmetic_dtype(checkpoint.dtype)
     if dtype is None and isinstance(checkpoint, HfCheckpoint):
         dtype = checkpoint.dtype
@@ -86,7 +85,7 @@ def load(
     model = build_model(checkpoint.model_class, checkpoint.model_config, params)
     model = model if mesh is None else on_mesh(model, mesh)
     del params  # so that what preparing replaces is freed
-    return model if expand is None else prepare_in_place(model, expand)
+    return model if weights is None else prepare_in_place(model, weights)
 
 
 def _load_tree(folder: Path, like: Any, **options: Any) -> Any:

@@ -33,13 +33,13 @@ SUFFIX = ".unfinished"
 _METADATA = 64 * 2**10  # bytes that a part takes beside its arrays
 
 
-def is_unfinished(folder: Path) -> bool:
+def is_progress(folder: Path) -> bool:
     """Whether this is a run's progress, or inside of it."""
     known = lambda place: (place / _LOCK).is_file() or ((place / _JOB).is_file() and (place / _PROGRESS).is_dir())
     return any(known(place) for place in (folder, folder.absolute().parent))
 
 
-def unfinished_folder(output: Path) -> Path:
+def progress_folder(output: Path) -> Path:
     """Where the progress towards ``output`` is."""
     output = output.resolve()
     return output.with_name(output.name + SUFFIX)
@@ -47,13 +47,13 @@ def unfinished_folder(output: Path) -> Path:
 
 def is_placed(output: Path) -> bool:
     """Whether a run was killed when its model was already in its place, its progress still there."""
-    folder = unfinished_folder(output)
-    return output.is_dir() and is_unfinished(folder) and not (folder / _MODEL).exists()
+    folder = progress_folder(output)
+    return output.is_dir() and is_progress(folder) and not (folder / _MODEL).exists()
 
 
 def remove_progress(output: Path, facts: dict[str, Any]) -> bool:
     """Remove what such a run left; whether it was the job with these facts."""
-    folder = unfinished_folder(output)
+    folder = progress_folder(output)
     same = read_sealed(folder / _JOB) == facts
     barrier("what was left is known")
     if is_first():
@@ -71,7 +71,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-class Unfinished:
+class RunProgress:
     """The progress of the job with these ``facts`` (plain data by name) towards the directory ``output``.
 
     FpqError if there is progress of another job; what differs is named. In several processes, on a file system that
@@ -80,7 +80,7 @@ class Unfinished:
 
     def __init__(self, output: Path, facts: dict[str, Any]):
         self.output = output.resolve()  # a link to a folder cannot be renamed over
-        self.folder = unfinished_folder(output)
+        self.folder = progress_folder(output)
         self.model = self.folder / _MODEL
         self._facts = json_digest(facts)
         if is_first():
@@ -112,7 +112,7 @@ class Unfinished:
         return self.folder / _PROGRESS
 
     def _check(self, facts: dict[str, Any]) -> None:
-        if self.folder.exists() and not is_unfinished(self.folder) and any(self.folder.iterdir()):
+        if self.folder.exists() and not is_progress(self.folder) and any(self.folder.iterdir()):
             raise FpqError(f"{self.folder} is no progress of a run; remove it, or choose another --output.")
         records = [value for path in self._progress.glob("*.json") if (value := read_sealed(path)) is not None]
         if all(record["job"] == self._facts for record in records):

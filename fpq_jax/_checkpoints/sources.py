@@ -7,7 +7,7 @@ from typing import Any
 from fpq_jax._checkpoints.demo import demo_model_path, is_demo
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import QuantizedCheckpoint, is_quantized_dir
-from fpq_jax._checkpoints.run_progress import is_unfinished, unfinished_folder
+from fpq_jax._checkpoints.run_progress import is_progress, progress_folder
 from fpq_jax._errors import FpqError
 from fpq_jax._storage.native_safetensors import STEM
 from fpq_jax.models.parameters import part_names
@@ -20,11 +20,11 @@ def resolve_model(model: str | Path | None) -> Path:
     if model is None or is_demo(model):
         return demo_model_path(model)
     if Path(model).exists():
-        if is_unfinished(Path(model)):
+        if is_progress(Path(model)):
             raise FpqError(f"{model} is an unfinished run; start its quantize command again to finish it.")
         return Path(model)
     name = str(model)
-    if is_unfinished(unfinished_folder(Path(model))):
+    if is_progress(progress_folder(Path(model))):
         raise FpqError(f"{model} is not finished; start its quantize command again to finish it.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FpqError(

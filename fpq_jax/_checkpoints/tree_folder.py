@@ -21,7 +21,7 @@ from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._numerics.qtensor_sharding import shardings_like
 from fpq_jax._storage.orbax_parts import MANIFEST, VERSION, PartsWriter, abstract_part, arrays_of, read_part
 from fpq_jax._support.files import write_json
-from fpq_jax._support.trees import Flat, named_leaves, parted, rejoined
+from fpq_jax._support.trees import Flat, merge_arrays, named_leaves, split_arrays
 from fpq_jax._transform.quantized import axes_of, is_traced
 
 _TREE = "tree"
@@ -119,13 +119,13 @@ def _made_by(init: Any) -> Any:
 
     def arrays() -> list[Any]:
         leaves, structure = jax.tree.flatten(init(), is_leaf=is_quantized)
-        found, others = parted(leaves, is_traced)
+        found, others = split_arrays(leaves, is_traced)
         kept[:] = structure, others
         return found
 
     shapes = jax.eval_shape(arrays)
     structure, others = kept
-    return jax.tree.unflatten(structure, rejoined(shapes, others))
+    return jax.tree.unflatten(structure, merge_arrays(shapes, others))
 
 
 def _sharding(array: Any) -> jax.sharding.Sharding:

@@ -64,7 +64,7 @@ class Generator:
     """Continues prompts with one model; keeps the programs that it compiled.
 
     ``kv_cache`` "float8" holds keys and values as E4M3 codes with a scale per head and token: half the memory of
-    16 bits. A model that was prepared (``load(..., expand="load")``) is fastest.
+    16 bits. A model that was prepared (``load(..., weights="fp8")``) is fastest.
     """
 
     def __init__(self, model: Any, *, kv_cache: str = "model"):

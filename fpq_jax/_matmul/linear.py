@@ -42,7 +42,7 @@ from fpq_jax._support.mesh import MODEL, over_model
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Divided:
+class RowParallelKernel:
     """A kernel of FP8 products whose inputs are divided over the "model" axis of ``mesh``.
 
     Each device multiplies its part of the inputs, LoRC's product with it, and the results are added up in the dtype of
@@ -54,7 +54,7 @@ class Divided:
 
 
 @dataclass(frozen=True)
-class Observed:
+class RecordingKernel:
     """A kernel that is still an array, seen by calibration: the product is taken with the activations quantized as
     inference will have them (``activation`` None: left alone; ``fixed``: their static scale), and ``record`` is handed
     the input and those activations. It lives inside one trace."""
@@ -67,7 +67,7 @@ class Observed:
 
 def linear(
     x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"] | QTensor | Fragments | Divided | Observed,
+    kernel: Float[Array, "in out"] | QTensor | Fragments | RowParallelKernel | RecordingKernel,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor, or what
@@ -110,18 +110,18 @@ def linears(
 
 
 def _other_linear(x: Float[Array, "*batch in"], kernel: Any) -> Float[Array, "*batch out"]:
-    if isinstance(kernel, Divided):
-        return _divided_linear(x, kernel)
-    return _observe(x, kernel) if isinstance(kernel, Observed) else x @ kernel
+    if isinstance(kernel, RowParallelKernel):
+        return _row_parallel_linear(x, kernel)
+    return _recorded_linear(x, kernel) if isinstance(kernel, RecordingKernel) else x @ kernel
 
 
-def _observe(x: Float[Array, "*batch in"], kernel: Observed) -> Float[Array, "*batch out"]:
+def _recorded_linear(x: Float[Array, "*batch in"], kernel: RecordingKernel) -> Float[Array, "*batch out"]:
     seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation, kernel.fixed)
     kernel.record(x, seen)
     return seen @ kernel.kernel
 
 
-def _divided_linear(x: Float[Array, "*batch in"], divided: Divided) -> Float[Array, "*batch out"]:
+def _row_parallel_linear(x: Float[Array, "*batch in"], divided: RowParallelKernel) -> Float[Array, "*batch out"]:
     # before it is divided: an exponent may be for inputs of two devices
     q = expand(divided.kernel)
     whole: QTensor = jax.tree.map(lambda _: P(), q)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from fpq_jax._support.machine import free_host_memory
 from fpq_jax._support.mesh import from_first
 from fpq_jax._support.placement import BATCH
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 BATCH_TOKENS = 8192  # of a batch, on each device
 _SHARES = 8  # so many devices have work even where windows are few
@@ -60,12 +60,12 @@ def _local_rows(mesh: Mesh, size: int) -> np.ndarray:
     return np.concatenate([np.arange(size)[index] for index in sorted(slices, key=lambda i: i[0].start or 0)])
 
 
-def windows_at_once(count: int, length: int, skeleton: Skeleton, mesh: Mesh, tokens: int = BATCH_TOKENS) -> int:
+def windows_at_once(count: int, length: int, model_spec: ModelSpec, mesh: Mesh, tokens: int = BATCH_TOKENS) -> int:
     """Of how many windows the hidden states are kept on the host together: a part of what is free there."""
     free = free_host_memory()
     if free is None:
         return count
-    row = length * skeleton.config.hidden_size * jnp.dtype(skeleton.dtype).itemsize
+    row = length * model_spec.config.hidden_size * jnp.dtype(model_spec.dtype).itemsize
     fit = int(free * _HIDDEN_SHARE) * jax.process_count() // row
     size = batch_size(count, length, mesh, tokens)
     # the same in every process, whatever is free there

@@ -17,16 +17,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from fpq_jax._algorithms.recipe import LinearRecipe
-from fpq_jax._algorithms.statistics import Seen, Together, hessian
-from fpq_jax._matmul.linear import Observed
+from fpq_jax._algorithms.statistics import CalibrationStats, SharedInput, hessian
+from fpq_jax._matmul.linear import RecordingKernel
 from fpq_jax._numerics.formats import Format
 from fpq_jax._numerics.scales import Scale, range_scale
 from fpq_jax._numerics.spec import ActivationScale
 from fpq_jax._pipeline.batches import Batches
 from fpq_jax._support.mesh import AXES
-from fpq_jax._support.placement import BATCH, abstract, divided, on_devices, put, replicate
+from fpq_jax._support.placement import BATCH, abstract, per_device, prefetch_to_devices, replicate, to_devices
 from fpq_jax.models.parameters import params_of, with_params
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 Activations = tuple[tuple[str, Format | None, ActivationScale], ...]  # by kernel
 
@@ -36,17 +36,19 @@ def activations_of(todo: dict[str, LinearRecipe]) -> Activations:
     return tuple((path, r.spec.activation, r.spec.activation_scale) for path, r in todo.items())
 
 
-def calibrate(layer: Any, activations: Activations, hidden: list[np.ndarray], batches: Batches) -> Seen:
+def calibrate(layer: Any, activations: Activations, hidden: list[np.ndarray], batches: Batches) -> CalibrationStats:
     """What each kernel in ``activations`` meets. The layer's arrays are on every device."""
     if not activations:
-        return Seen({}, {})
+        return CalibrationStats({}, {})
     mesh = batches.mesh
     graph, state = nnx.split(layer)
     fixed: dict[str, Scale] = {}
     if any(kind == "static" for _, _, kind in activations):
         # a static scale is from the inputs as they are, with nothing in this layer quantized yet
         plain = tuple((path, None, "token") for path, _, _ in activations)
-        ranges = [jax.device_get(_ranges(graph, plain, mesh, state, rows)) for rows in on_devices(hidden, mesh)]
+        ranges = [
+            jax.device_get(_ranges(graph, plain, mesh, state, rows)) for rows in prefetch_to_devices(hidden, mesh)
+        ]
         for path, fmt, kind in activations:
             if kind == "static" and fmt is not None:
                 low, high = (pick([r[path][i] for r in ranges]) for i, pick in ((0, min), (1, max)))
@@ -54,20 +56,22 @@ def calibrate(layer: Any, activations: Activations, hidden: list[np.ndarray], ba
     shapes = _shapes(graph, activations, state, hidden[0], fixed)
     on = NamedSharding(mesh, BATCH)  # a matrix on each device
     sums = {paths: jnp.zeros((mesh.size, *one.shape), one.dtype, device=on) for paths, one in shapes.items()}
-    for rows, real in zip(on_devices(hidden, mesh), batches.real, strict=True):
+    for rows, real in zip(prefetch_to_devices(hidden, mesh), batches.real, strict=True):
         # waited for, or all batches would be on the devices at once
-        sums = jax.block_until_ready(_accumulate(graph, activations, mesh, state, rows, put(real, mesh), fixed, sums))
+        sums = jax.block_until_ready(
+            _accumulate(graph, activations, mesh, state, rows, to_devices(real, mesh), fixed, sums)
+        )
     tokens = batches.count * hidden[0].shape[1]
-    return Seen({paths: _mean(total, tokens, mesh) for paths, total in sums.items()}, fixed)
+    return CalibrationStats({paths: _mean(total, tokens, mesh) for paths, total in sums.items()}, fixed)
 
 
 def abstract_accumulate(
-    layer: Any, todo: dict[str, LinearRecipe], mesh: Mesh, tokens: tuple[int, int], skeleton: Skeleton
-) -> tuple[Any, list[Together], int]:
+    layer: Any, todo: dict[str, LinearRecipe], mesh: Mesh, tokens: tuple[int, int], model_spec: ModelSpec
+) -> tuple[Any, list[SharedInput], int]:
     """(the lowered program of a batch of [windows, tokens] at an abstract layer, kernels that share an input, the bytes
     of all Hessians)."""
     activations = activations_of(todo)
-    rows = abstract(skeleton.hidden(tokens), mesh, BATCH)
+    rows = abstract(model_spec.hidden(tokens), mesh, BATCH)
     graph, state = nnx.split(layer)
     state = abstract(state, mesh, P())
     shapes = _shapes(graph, activations, state, rows, {})
@@ -79,7 +83,7 @@ def abstract_accumulate(
 
 def _shapes(
     graph: Any, activations: Activations, state: Any, rows: Any, fixed: dict[str, Scale]
-) -> dict[Together, jax.ShapeDtypeStruct]:
+) -> dict[SharedInput, jax.ShapeDtypeStruct]:
     """Of the Hessians that a batch, or what has its shape, gives."""
     real = jax.ShapeDtypeStruct(rows.shape[:1], bool)
     return jax.eval_shape(partial(_hessians, graph, activations), state, rows, real, fixed)
@@ -94,20 +98,20 @@ def _accumulate(
     hidden: Float[Array, "B L D"],
     real: Bool[Array, " B"],
     fixed: dict[str, Scale],
-    sums: dict[Together, Float[Array, "devices in in"]],
-) -> dict[Together, Float[Array, "devices in in"]]:
+    sums: dict[SharedInput, Float[Array, "devices in in"]],
+) -> dict[SharedInput, Float[Array, "devices in in"]]:
     """``sums`` and X^T X of each distinct Linear input of a batch, keyed by the kernels that see it."""
 
     def local(state: Any, hidden: Array, real: Array, fixed: Any, sums: Any) -> Any:
         new = _hessians(graph, activations, state, hidden, real, fixed)
         return {paths: total + new[paths][None] for paths, total in sums.items()}
 
-    return divided(local, mesh, (P(), BATCH, BATCH, P(), BATCH), BATCH)(state, hidden, real, fixed, sums)
+    return per_device(local, mesh, (P(), BATCH, BATCH, P(), BATCH), BATCH)(state, hidden, real, fixed, sums)
 
 
 def _hessians(
     graph: Any, activations: Activations, state: Any, hidden: Array, real: Array, fixed: dict[str, Scale]
-) -> dict[Together, Array]:
+) -> dict[SharedInput, Array]:
     mask = jnp.broadcast_to(real[:, None], hidden.shape[:2])
     return {tuple(paths): hessian(x, mask) for paths, x in _inputs(graph, activations, state, hidden, fixed)}
 
@@ -129,7 +133,7 @@ def _ranges(
         low, high = lambda x: jax.lax.pmin(jnp.min(x), AXES), lambda x: jax.lax.pmax(jnp.max(x), AXES)
         return {path: (low(x), high(x)) for paths, x in inputs for path in paths}
 
-    return divided(local, mesh, (P(), BATCH), P())(state, hidden)
+    return per_device(local, mesh, (P(), BATCH), P())(state, hidden)
 
 
 def _inputs(
@@ -152,7 +156,7 @@ def _inputs(
     layer = nnx.merge(graph, state)
     kernels = params_of(layer)
     observed = {
-        path: Observed(kernels[path], fmt, recorder(path, fmt), fixed.get(path)) for path, fmt, _ in activations
+        path: RecordingKernel(kernels[path], fmt, recorder(path, fmt), fixed.get(path)) for path, fmt, _ in activations
     }
     positions = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
     with_params(layer, observed)(hidden, positions)

@@ -24,7 +24,7 @@ from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
 from fpq_jax._support.trees import Flat, stored_bytes
 from fpq_jax.models.parameters import params_of
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 _PROGRAMS = 320 * 2**20  # measured: what compiling the other programs and the libraries not yet in use take
 _MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's own losses
@@ -99,7 +99,7 @@ class Estimate:
 
 
 def estimate(
-    skeleton: Skeleton,
+    model_spec: ModelSpec,
     recipes: dict[str, LinearRecipe | None],
     windows: tuple[int, int],
     evaluated: int,
@@ -114,8 +114,8 @@ def estimate(
     the disk already.
     """
     count, length = windows
-    config = skeleton.config
-    layer = params_of(skeleton.layer())
+    config = model_spec.config
+    layer = params_of(model_spec.layer())
     by_layer = [
         {path: r for path in layer if (r := recipes.get(f"layers.{i}.{path}")) is not None}
         for i in range(config.num_hidden_layers)
@@ -124,20 +124,20 @@ def estimate(
     hardest = max(by_layer, key=len)
     device, hessians = 0, 0
     if hardest:
-        program, sharing, hessians = abstract_accumulate(skeleton.layer(), hardest, mesh, (size, length), skeleton)
+        program, sharing, hessians = abstract_accumulate(model_spec.layer(), hardest, mesh, (size, length), model_spec)
         # the next batch is on its way meanwhile
-        device = _program_bytes(program) + size // mesh.size * length * config.hidden_size * skeleton.dtype.itemsize
+        device = _program_bytes(program) + size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
         for unit in _largest(solved_together(hardest, sharing, layer), layer):
             shape = (layer[unit[0]].shape[0], sum(layer[path].shape[1] for path in unit))
-            program = abstract_solve(shape, skeleton.dtype, hardest[unit[0]], mesh)
+            program = abstract_solve(shape, model_spec.dtype, hardest[unit[0]], mesh)
             device = max(device, hessians - shape[0] ** 2 * 4 + _program_bytes(program))
-    outer = params_of(skeleton.without_layers())
+    outer = params_of(model_spec.without_layers())
     eval_size = batch_size(evaluated, length, mesh, batch_tokens)
-    device = max(device, _program_bytes(abstract_losses(skeleton, outer, (eval_size, length), mesh)))
+    device = max(device, _program_bytes(abstract_losses(model_spec, outer, (eval_size, length), mesh)))
 
-    per_window = length * config.hidden_size * skeleton.dtype.itemsize
+    per_window = length * config.hidden_size * model_spec.dtype.itemsize
     layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)
-    embedding = sum(stored_bytes(leaf) for p, leaf in outer.items() if p.startswith(skeleton.model_class.EMBEDDING))
+    embedding = sum(stored_bytes(leaf) for p, leaf in outer.items() if p.startswith(model_spec.model_class.EMBEDDING))
     quantized = [_quantized_bytes(layer, chosen) for chosen in by_layer]
     processes = jax.process_count()
     # this layer and the next one, and, of one tensor, its copies as it is read

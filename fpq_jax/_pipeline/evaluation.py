@@ -22,13 +22,13 @@ from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows
 from fpq_jax._support.console import progress
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.mesh import sum_over_processes
-from fpq_jax._support.placement import everywhere, replicate
-from fpq_jax._support.prefetch import ahead
+from fpq_jax._support.placement import replicate, replicated
+from fpq_jax._support.prefetch import prefetch
 from fpq_jax._support.trees import Flat, below, stored_bytes
 from fpq_jax.models.kv_cache import CacheShape
 from fpq_jax.models.parameters import EMBEDDING, HEAD, params_of, part_names, with_params
 from fpq_jax.models.prepare import prepare_in_place
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 Reader = Callable[[str], Flat]  # the parameters of a part, by path
 Checkpoint = QuantizedCheckpoint | HfCheckpoint
@@ -43,12 +43,12 @@ class Evaluation(NamedTuple):
 
 
 def perplexities(
-    skeleton: Skeleton,
+    model_spec: ModelSpec,
     read: Reader,
     texts: Mapping[str, Int[np.ndarray, "N L"]],
     mesh: Mesh,
     *,
-    expand: str = "load",
+    weights: str = "fp8",
     cache: CacheShape | None = None,
     batch_tokens: int = BATCH_TOKENS,
     read_ahead: bool = True,
@@ -56,21 +56,21 @@ def perplexities(
 ) -> Evaluation:
     """Perplexity of a model whose parts are read one after the other, on texts of windows of one length.
 
-    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``expand`` is the weights' form,
+    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``weights`` is the weights' form,
     see ``prepare``; with ``cache`` keys and values are what such a cache gives back, as in generation. Where the hidden
     states of all windows would be too much for the host, the model is read again for each piece of them.
     """
     windows = np.concatenate(list(texts.values()))
     size = batch_size(len(windows), windows.shape[1], mesh, batch_tokens)
-    at_once = windows_at_once(len(windows), windows.shape[1], skeleton, mesh, batch_tokens)
+    at_once = windows_at_once(len(windows), windows.shape[1], model_spec, mesh, batch_tokens)
     sums, weight_bytes = np.zeros(len(windows)), 0
     pieces = range(0, len(windows), at_once)
-    layers = skeleton.config.num_hidden_layers
+    layers = model_spec.config.num_hidden_layers
     with progress(f"{title}perplexity on {', '.join(texts)}", len(pieces) * layers) as advance:
         for start in pieces:
             piece = slice(start, start + at_once)
             sums[piece], weight_bytes = _losses_of(
-                skeleton, read, Batches.of(windows[piece], mesh, size), expand, cache, read_ahead, advance
+                model_spec, read, Batches.of(windows[piece], mesh, size), weights, cache, read_ahead, advance
             )
     ends = np.cumsum([len(w) for w in texts.values()])
     each = zip(texts, np.split(sums, ends[:-1]), strict=True)
@@ -83,7 +83,7 @@ def perplexities_of(
     mesh: Mesh,
     *,
     dtype: DTypeLike | None = None,
-    expand: str = "load",
+    weights: str = "fp8",
     cache: CacheShape | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Evaluation:
@@ -94,13 +94,13 @@ def perplexities_of(
         read = partial(checkpoint.read_part, dtype=dtype)
     else:
         own = None if dtype == checkpoint.dtype else dtype
-        read = partial(checkpoint.read_part, dtype=own, sharding=everywhere(mesh))
+        read = partial(checkpoint.read_part, dtype=own, sharding=replicated(mesh))
     return perplexities(
-        Skeleton(checkpoint.model_class, checkpoint.model_config, dtype),
+        ModelSpec(checkpoint.model_class, checkpoint.model_config, dtype),
         read,
         texts,
         mesh,
-        expand=expand,
+        weights=weights,
         cache=cache,
         batch_tokens=batch_tokens,
         read_ahead=one_reads or jax.process_count() == 1,
@@ -153,27 +153,27 @@ def _texts_of_report(folder: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def _losses_of(
-    skeleton: Skeleton,
+    model_spec: ModelSpec,
     read: Reader,
     batches: Batches,
-    expand: str,
+    weights: str,
     cache: CacheShape | None,
     read_ahead: bool,
     advance: Callable[[], None],
 ) -> tuple[np.ndarray, int]:
     """Each window's sum of losses, and the bytes of weights."""
     mesh = batches.mesh
-    _, *layers, _ = part_names(skeleton.config)
+    _, *layers, _ = part_names(model_spec.config)
     outer = replicate(read(EMBEDDING), mesh)
-    hidden = embed(skeleton, outer, batches)
+    hidden = embed(model_spec, outer, batches)
     weight_bytes = stored_bytes(outer)
-    if not skeleton.config.tie_word_embeddings:
+    if not model_spec.config.tie_word_embeddings:
         outer = {}
-    reading = ahead(read, layers) if read_ahead else map(read, layers)
+    reading = prefetch(read, layers) if read_ahead else map(read, layers)
     for name in layers:
         params = below(replicate(next(reading), mesh), f"{name}.")
         own = {f"layers.0.{path}": leaf for path, leaf in params.items()}
-        layer = prepare_in_place(with_params(skeleton.with_one_layer(), own), expand).layers[0]
+        layer = prepare_in_place(with_params(model_spec.with_one_layer(), own), weights).layers[0]
         del params, own
         weight_bytes += stored_bytes(params_of(layer))
         forward(layer, hidden, mesh, cache)
@@ -183,7 +183,7 @@ def _losses_of(
     weight_bytes += stored_bytes(head)
     sums = np.zeros(batches.count)
     for found, real, index in zip(
-        token_losses(skeleton, outer | head, hidden, batches), batches.real, batches.index, strict=True
+        token_losses(model_spec, outer | head, hidden, batches), batches.real, batches.index, strict=True
     ):
         sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
     return sum_over_processes(sums), weight_bytes

@@ -23,7 +23,7 @@ from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._checkpoints.demo import is_demo
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import sidecars
-from fpq_jax._checkpoints.run_progress import Unfinished
+from fpq_jax._checkpoints.run_progress import RunProgress
 from fpq_jax._checkpoints.sources import open_original, resolve_model
 from fpq_jax._errors import check_at_least
 from fpq_jax._pipeline.batches import BATCH_TOKENS, windows_at_once
@@ -47,10 +47,10 @@ from fpq_jax._support.console import console, progress
 from fpq_jax._support.files import code_digest, files_digest
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.mesh import from_first, is_first, make_mesh, mesh_text
-from fpq_jax._support.placement import everywhere
+from fpq_jax._support.placement import replicated
 from fpq_jax._support.trees import stored_bytes
 from fpq_jax.models.parameters import part_names
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 
 def default_calibration(model: str | None) -> str:
@@ -162,19 +162,19 @@ class Job:
         }
 
     @contextmanager
-    def store(self, recipe: Recipe, output: Path | None) -> Iterator[Unfinished]:
+    def store(self, recipe: Recipe, output: Path | None) -> Iterator[RunProgress]:
         """Where the run's parts are kept: the progress towards ``output``, or a folder that vanishes."""
         with ExitStack() as stack:
             if output is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fpq-")))
-                store = Unfinished(folder / "model", {})
+                store = RunProgress(folder / "model", {})
             else:
-                store = Unfinished(output, self.facts(recipe))
+                store = RunProgress(output, self.facts(recipe))
                 stack.enter_context(kept_programs(store.programs))
             stack.callback(store.close)
             yield store
 
-    def original(self, store: Unfinished | None = None) -> dict[str, Perplexity]:
+    def original(self, store: RunProgress | None = None) -> dict[str, Perplexity]:
         """Perplexity of the unquantized model on each evaluation text, kept in the store."""
         kept = None if store is None else store.measured("original")
         if kept is None:
@@ -185,15 +185,15 @@ class Job:
             return measured
         return {spec: Perplexity(*value) for spec, value in kept.items()}
 
-    def quantized(self, store: Unfinished) -> dict[str, Perplexity]:
+    def quantized(self, store: RunProgress) -> dict[str, Perplexity]:
         """The same of the model whose parts are in the store."""
-        read = lambda name: store.read(name, everywhere(self.mesh))
+        read = lambda name: store.read(name, replicated(self.mesh))
         # a barrier of Orbax beside the layers' programs could be met in another order by another process
         return self._perplexities(read, "quantized", read_ahead=jax.process_count() == 1)
 
     def _perplexities(self, read: Reader, which: str, read_ahead: bool) -> dict[str, Perplexity]:
         return perplexities(
-            self._skeleton,
+            self._model_spec,
             read,
             self.evaluation,
             self.mesh,
@@ -203,8 +203,8 @@ class Job:
         ).values
 
     @property
-    def _skeleton(self) -> Skeleton:
-        return Skeleton(self.checkpoint.model_class, self.checkpoint.model_config, self.dtype)
+    def _model_spec(self) -> ModelSpec:
+        return ModelSpec(self.checkpoint.model_class, self.checkpoint.model_config, self.dtype)
 
     def estimate(self, recipe: Recipe, place: Path, written: int = 0, batch_tokens: int | None = None) -> Estimate:
         """What a recipe's run takes and what there is; ``written`` bytes of its result are in ``place`` already."""
@@ -213,11 +213,11 @@ class Job:
         kernels = {path: chosen[name] for path, name in linears(self.checkpoint).items()}
         evaluated = sum(len(windows) for windows in self.evaluation.values())
         length = self.calibration.windows.shape[1]
-        at_once = windows_at_once(evaluated, length, self._skeleton, self.mesh, batch_tokens)
+        at_once = windows_at_once(evaluated, length, self._model_spec, self.mesh, batch_tokens)
         windows = (len(self.calibration.windows), length)
-        return estimate(self._skeleton, kernels, windows, at_once, self.mesh, place, written, batch_tokens)
+        return estimate(self._model_spec, kernels, windows, at_once, self.mesh, place, written, batch_tokens)
 
-    def check_estimate(self, recipe: Recipe, store: Unfinished) -> Estimate:
+    def check_estimate(self, recipe: Recipe, store: RunProgress) -> Estimate:
         """``estimate`` of a run that is kept in ``store``; FpqError, with what would fit, if it does not."""
         least = self.calibration.windows.shape[1]
         found = self.estimate(recipe, store.model, store.written())
@@ -228,7 +228,7 @@ class Job:
         """The recipe with what depends on the model's size filled in."""
         return recipe.with_lorc_rank(self.checkpoint.model_config.lorc_rank)
 
-    def quantize(self, recipe: Recipe, store: Unfinished, *, rows: bool = True) -> list[LinearResult]:
+    def quantize(self, recipe: Recipe, store: RunProgress, *, rows: bool = True) -> list[LinearResult]:
         """Quantize into the store, with a bar over the layers and, with ``rows``, a line for each Linear.
 
         Every Linear's result, those of parts that were finished before among them.
@@ -255,7 +255,7 @@ class Job:
                 self.mesh,
                 seed=self.seed,
                 batch_tokens=self.batch_tokens,
-                finished={name: partial(store.read, name, everywhere(self.mesh)) for name in finished},
+                finished={name: partial(store.read, name, replicated(self.mesh)) for name in finished},
                 first_layer=self.first_layer,
             ):
                 for result in part.results if rows else ():
@@ -275,7 +275,7 @@ class Job:
     def report(
         self,
         recipe: Recipe,
-        store: Unfinished,
+        store: RunProgress,
         results: list[LinearResult],
         original: dict[str, Perplexity],
         quantized: dict[str, Perplexity],

@@ -16,20 +16,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._pipeline.batches import Batches
-from fpq_jax._support.placement import BATCH, abstract, divided, fetch, on_devices, put
+from fpq_jax._support.placement import BATCH, abstract, per_device, prefetch_to_devices, to_devices, to_host
 from fpq_jax._support.trees import Flat
 from fpq_jax.models.kv_cache import CacheShape, LayerCache
 from fpq_jax.models.parameters import with_params
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 
-def embed(skeleton: Skeleton, params: Flat, batches: Batches) -> list[np.ndarray]:
+def embed(model_spec: ModelSpec, params: Flat, batches: Batches) -> list[np.ndarray]:
     """The first layer's input for each batch, on the host.
 
     ``params``: what embedding needs, by path, on every device.
     """
     mesh = batches.mesh
-    return [fetch(_embed(skeleton, mesh, params, tokens)) for tokens in on_devices(batches.tokens, mesh)]
+    return [to_host(_embed(model_spec, mesh, params, tokens)) for tokens in prefetch_to_devices(batches.tokens, mesh)]
 
 
 def forward(layer: Any, hidden: list[np.ndarray], mesh: Mesh, cache: CacheShape | None = None) -> None:
@@ -38,36 +38,36 @@ def forward(layer: Any, hidden: list[np.ndarray], mesh: Mesh, cache: CacheShape 
     With ``cache`` keys and values are what such a cache gives back, as in generation.
     """
     graph, state = nnx.split(layer)
-    for i, rows in enumerate(on_devices(hidden, mesh)):
-        hidden[i] = fetch(_forward(graph, mesh, cache, state, rows))
+    for i, rows in enumerate(prefetch_to_devices(hidden, mesh)):
+        hidden[i] = to_host(_forward(graph, mesh, cache, state, rows))
 
 
-def token_losses(skeleton: Skeleton, params: Flat, hidden: list[np.ndarray], batches: Batches) -> list[np.ndarray]:
+def token_losses(model_spec: ModelSpec, params: Flat, hidden: list[np.ndarray], batches: Batches) -> list[np.ndarray]:
     """Negative log-likelihood [b, L-1] of each token but the first, of each batch's rows, in float32.
 
     ``params``: what the head needs, by path, on every device.
     """
     mesh = batches.mesh
     return [
-        fetch(_losses(skeleton, mesh, params, rows, put(tokens, mesh)))
-        for rows, tokens in zip(on_devices(hidden, mesh), batches.tokens, strict=True)
+        to_host(_losses(model_spec, mesh, params, rows, to_devices(tokens, mesh)))
+        for rows, tokens in zip(prefetch_to_devices(hidden, mesh), batches.tokens, strict=True)
     ]
 
 
-def abstract_losses(skeleton: Skeleton, params: Flat, tokens: tuple[int, int], mesh: Mesh) -> Any:
+def abstract_losses(model_spec: ModelSpec, params: Flat, tokens: tuple[int, int], mesh: Mesh) -> Any:
     """The lowered program of ``token_losses`` for a batch of [windows, tokens]; ``params`` are shapes."""
-    if not skeleton.config.tie_word_embeddings:
-        params = {p: leaf for p, leaf in params.items() if not p.startswith(skeleton.model_class.EMBEDDING)}
-    rows, ids = skeleton.hidden(tokens), jax.ShapeDtypeStruct(tokens, jnp.int32)
-    return _losses.lower(skeleton, mesh, abstract(params, mesh, P()), *abstract((rows, ids), mesh, BATCH))
+    if not model_spec.config.tie_word_embeddings:
+        params = {p: leaf for p, leaf in params.items() if not p.startswith(model_spec.model_class.EMBEDDING)}
+    rows, ids = model_spec.hidden(tokens), jax.ShapeDtypeStruct(tokens, jnp.int32)
+    return _losses.lower(model_spec, mesh, abstract(params, mesh, P()), *abstract((rows, ids), mesh, BATCH))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _embed(skeleton: Skeleton, mesh: Mesh, params: Flat, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+def _embed(model_spec: ModelSpec, mesh: Mesh, params: Flat, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     def local(params: Flat, tokens: Array) -> Array:
-        return with_params(skeleton.without_layers(), params).embed(tokens, _positions(tokens))
+        return with_params(model_spec.without_layers(), params).embed(tokens, _positions(tokens))
 
-    return divided(local, mesh, (P(), BATCH), BATCH)(params, tokens)
+    return per_device(local, mesh, (P(), BATCH), BATCH)(params, tokens)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -78,17 +78,17 @@ def _forward(
         empty = None if cache is None else LayerCache.zeros(hidden.shape[0], hidden.shape[1], *cache)
         return nnx.merge(graph, state)(hidden, _positions(hidden), empty, True)[0]
 
-    return divided(local, mesh, (P(), BATCH), BATCH)(state, hidden)
+    return per_device(local, mesh, (P(), BATCH), BATCH)(state, hidden)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _losses(
-    skeleton: Skeleton, mesh: Mesh, params: Flat, hidden: Float[Array, "B L D"], tokens: Int[Array, "B L"]
+    model_spec: ModelSpec, mesh: Mesh, params: Flat, hidden: Float[Array, "B L D"], tokens: Int[Array, "B L"]
 ) -> Float[Array, "B L-1"]:
     def local(params: Flat, hidden: Array, tokens: Array) -> Array:
-        return losses(with_params(skeleton.without_layers(), params).head(hidden), tokens)
+        return losses(with_params(model_spec.without_layers(), params).head(hidden), tokens)
 
-    return divided(local, mesh, (P(), BATCH, BATCH), BATCH)(params, hidden, tokens)
+    return per_device(local, mesh, (P(), BATCH, BATCH), BATCH)(params, hidden, tokens)
 
 
 def losses(logits: Float[Array, "B L V"], tokens: Int[Array, "B L"]) -> Float[Array, "B L-1"]:

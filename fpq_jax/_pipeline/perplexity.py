@@ -13,7 +13,7 @@ from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
 from fpq_jax._pipeline.layerwise import losses
 from fpq_jax._support.mesh import make_mesh
-from fpq_jax._support.trees import Same, jit
+from fpq_jax._support.trees import ByIdentity, jit
 
 _Advance = Callable[[int], None]
 
@@ -41,7 +41,7 @@ def perplexity(
     mesh = make_mesh()
     batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))
     sums = np.zeros(len(windows))
-    token_losses = _token_losses(Same(apply_fn))
+    token_losses = _token_losses(ByIdentity(apply_fn))
     for tokens, real, index in zip(batches.tokens, batches.real, batches.index, strict=True):
         found = np.asarray(token_losses(params, jnp.asarray(tokens)))
         sums[index[real]] = found[real].sum(axis=1, dtype=np.float64)
@@ -51,7 +51,7 @@ def perplexity(
 
 
 @functools.lru_cache(maxsize=8)
-def _token_losses(apply_fn: Same) -> Callable[..., Float[Array, "B L-1"]]:
+def _token_losses(apply_fn: ByIdentity) -> Callable[..., Float[Array, "B L-1"]]:
     return jit(lambda params, tokens: losses(apply_fn.function(params, tokens), tokens))
 
 

@@ -18,17 +18,17 @@ from jaxtyping import Int
 
 from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
-from fpq_jax._algorithms.statistics import Seen
+from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
 from fpq_jax._pipeline.calibration import Activations, activations_of, calibrate
 from fpq_jax._pipeline.layerwise import embed, forward
 from fpq_jax._support.placement import replicate
-from fpq_jax._support.prefetch import ahead
+from fpq_jax._support.prefetch import prefetch
 from fpq_jax._support.trees import Flat, below
 from fpq_jax.models.parameters import EMBEDDING, HEAD, linear_name, part_names, with_params
-from fpq_jax.models.spec import Skeleton
+from fpq_jax.models.spec import ModelSpec
 
 
 @dataclass
@@ -73,7 +73,7 @@ def quantize_checkpoint(
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     finished: Mapping[str, Callable[[], Flat]] | None = None,
-    first_layer: dict[Activations, Seen] | None = None,
+    first_layer: dict[Activations, CalibrationStats] | None = None,
 ) -> Iterator[Part]:
     """Quantize part after part; each is yielded as soon as it is there.
 
@@ -86,8 +86,8 @@ def quantize_checkpoint(
     config, model_class = checkpoint.model_config, checkpoint.model_class
     names = linears(checkpoint)
     what = recipe.for_linears(names.values())
-    skeleton = Skeleton(model_class, config, np.dtype(dtype))
-    layer = skeleton.layer()
+    model_spec = ModelSpec(model_class, config, np.dtype(dtype))
+    layer = model_spec.layer()
     batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))
 
     def read(name: str) -> tuple[Flat, float]:
@@ -95,9 +95,9 @@ def quantize_checkpoint(
         return checkpoint.read_dense_part(name, dtype), time.perf_counter() - began
 
     todo = [name for name in part_names(config) if name not in finished]
-    reading = ahead(read, [name for name in todo if name != EMBEDDING])
+    reading = prefetch(read, [name for name in todo if name != EMBEDDING])
     params = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
-    hidden = embed(skeleton, params, batches)
+    hidden = embed(model_spec, params, batches)
     if EMBEDDING in todo:
         yield Part(EMBEDDING, params)
     del params
@@ -142,8 +142,8 @@ def _seen(
     recipes: dict[str, LinearRecipe],
     hidden: list[np.ndarray],
     batches: Batches,
-    kept: dict[Activations, Seen] | None,
-) -> Seen:
+    kept: dict[Activations, CalibrationStats] | None,
+) -> CalibrationStats:
     activations = activations_of(recipes)
     if kept is None:
         return jax.block_until_ready(calibrate(layer, activations, hidden, batches))

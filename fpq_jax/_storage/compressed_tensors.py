@@ -1,6 +1,6 @@
 """How compressed-tensors checkpoints store a quantized Linear, in both directions.
 
-Each form turns a QTensor into the tensors of its scheme and back, and says of one it cannot hold exactly why.
+Each turns a QTensor into the tensors of its scheme and back, and says of one it cannot hold exactly why.
 Their readers, and the arguments in config.json: https://github.com/vllm-project/compressed-tensors.
 
     fp8     float-quantized         weight F8_E4M3 [out, in], weight_scale F32 [out, 1]: w = weight * scale
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from fpq_jax._numerics.formats import E2M1, E4M3, INT4
 from fpq_jax._numerics.qtensor import QTensor, expand, group_scales
 from fpq_jax._numerics.spec import ActivationScale, QuantSpec
-from fpq_jax._storage.scheme import Expected, ReadableForm, Tensors
+from fpq_jax._storage.scheme import Expected, ReadableScheme, Tensors
 
 METHOD = "compressed-tensors"
 GROUP = "group_0"  # the name that readers expect
@@ -32,7 +32,7 @@ _INT4_OFFSETS = 0x88  # from two's complement, in both halves of a byte, to leve
 _INT4_GROUPS = (128, 64, 32)  # those that engines have kernels for
 
 
-class CompressedForm(ReadableForm):
+class CompressedScheme(ReadableScheme):
     """One that compressed-tensors knows."""
 
     FORMAT: ClassVar[str]
@@ -65,7 +65,7 @@ class CompressedForm(ReadableForm):
 
 
 @dataclass(frozen=True)
-class Fp8(CompressedForm):
+class Fp8(CompressedScheme):
     """FP8 weights with a scale for each output; with ``activation`` "token" it is what others call FP8_DYNAMIC.
 
     activation: how activations are quantized to FP8: "token" by token, "static" with one scale, None not at all.
@@ -103,7 +103,7 @@ class Fp8(CompressedForm):
         found = {"weight": wide.codes, "weight_scale": scale}
         return found if q.input_scale is None else found | {"input_scale": q.input_scale}
 
-    def why_not(self, q: QTensor) -> str | None:
+    def unsupported_reason(self, q: QTensor) -> str | None:
         fmt = q.spec.format
         if q.group_scale is not None:
             return f"{fmt} codes under a scale of its own for each group"
@@ -127,7 +127,7 @@ class Fp8(CompressedForm):
 
 
 @dataclass(frozen=True)
-class Mxfp4(CompressedForm):
+class Mxfp4(CompressedScheme):
     """E2M1 in groups of 32 under powers of two, activations left alone."""
 
     NAME = "mxfp4"
@@ -155,7 +155,7 @@ class Mxfp4(CompressedForm):
             "weight_scale": _repeated(field.astype(jnp.uint8), q, _MX_GROUP),
         }
 
-    def why_not(self, q: QTensor) -> str | None:
+    def unsupported_reason(self, q: QTensor) -> str | None:
         if q.spec.format.name.removesuffix("-qtorch") != E2M1.name:
             return f"{q.spec.format} codes"
         if q.spec.constraint != "m1":
@@ -168,7 +168,7 @@ class Mxfp4(CompressedForm):
 
 
 @dataclass(frozen=True)
-class Int4(CompressedForm):
+class Int4(CompressedScheme):
     """Symmetric INT4 in groups, activations left alone (W4A16)."""
 
     NAME = "int4"
@@ -198,7 +198,7 @@ class Int4(CompressedForm):
             "weight_shape": np.asarray(q.shape[::-1], np.int64),
         }
 
-    def why_not(self, q: QTensor) -> str | None:
+    def unsupported_reason(self, q: QTensor) -> str | None:
         if q.spec.format is not INT4:
             return f"{q.spec.format} codes"
         return _why_no_groups(q, self.group_size)
@@ -234,21 +234,21 @@ def _activation_of(q: QTensor) -> ActivationScale | None:
     return None if q.spec.activation is None else q.spec.activation_scale
 
 
-FORMATS = {form.NAME: form.FORMAT for form in (Fp8, Mxfp4, Int4)}  # as config.json has them
+FORMATS = {scheme.NAME: scheme.FORMAT for scheme in (Fp8, Mxfp4, Int4)}  # as config.json has them
 
 
-def form_for(name: str, weights: Sequence[QTensor]) -> CompressedForm:
-    """The form called ``name`` with the arguments that fit most of these weights."""
+def scheme_for(name: str, weights: Sequence[QTensor]) -> CompressedScheme:
+    """The scheme called ``name`` with the arguments that fit most of these weights."""
     if name == Fp8.NAME:
         ways = list(map(_activation_of, weights))
         return Fp8(max(ways, key=ways.count, default="token"))
     if name == Mxfp4.NAME:
         return Mxfp4()
-    fits = lambda form: sum(form.why_not(q) is None for q in weights)
+    fits = lambda scheme: sum(scheme.unsupported_reason(q) is None for q in weights)
     return max(map(Int4, _INT4_GROUPS), key=fits)
 
 
 def can_hold(name: str, weights: Sequence[QTensor]) -> bool:
-    """Whether the form called ``name`` holds all these weights (their shapes are enough) exactly."""
-    form = form_for(name, weights)
-    return all(form.why_not(q) is None for q in weights)
+    """Whether the scheme called ``name`` holds all these weights (their shapes are enough) exactly."""
+    scheme = scheme_for(name, weights)
+    return all(scheme.unsupported_reason(q) is None for q in weights)

@@ -14,7 +14,7 @@ from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._storage.orbax_parts import Entry, abstract_part, arrays_of, entry_of, with_arrays
 from fpq_jax._storage.safetensors_writer import NAMES
-from fpq_jax._storage.scheme import Expected, ReadableForm, Tensors
+from fpq_jax._storage.scheme import Expected, ReadableScheme, Tensors
 
 METHOD = "fpq"  # quant_method in config.json; it and the files' name keep other tools from half reading the folder
 STEM = "fpq"
@@ -22,7 +22,7 @@ _KEY = "fpq"
 _VERSION = 1
 
 
-class Packed(ReadableForm):
+class NativeScheme(ReadableScheme):
     """Linears as they are here. ``entry``: what their arrays cannot say, see ``entry_of``."""
 
     stem = STEM
@@ -32,12 +32,12 @@ class Packed(ReadableForm):
         self._weights: dict[str, QTensor] = abstract_part(entry)
 
     @classmethod
-    def of(cls, weights: Mapping[str, QTensor]) -> "Packed":
+    def of(cls, weights: Mapping[str, QTensor]) -> "NativeScheme":
         """To write these, by name; their shapes are enough."""
         return cls(entry_of(dict(weights)))
 
     @classmethod
-    def read(cls, metadata: Iterable[Mapping[str, str]]) -> "Packed":
+    def read(cls, metadata: Iterable[Mapping[str, str]]) -> "NativeScheme":
         """From the metadata of a checkpoint's files. FpqError if that is damaged or of another version."""
         whole: Entry = {"quantized": {}, "arrays": {}}
         try:
@@ -76,5 +76,5 @@ class Packed(ReadableForm):
     def tensors(self, q: QTensor) -> Tensors:
         return arrays_of(q)
 
-    def why_not(self, q: QTensor) -> str | None:
+    def unsupported_reason(self, q: QTensor) -> str | None:
         return None

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fpq_jax._errors import FpqError
-from fpq_jax._storage.compressed_tensors import METHOD, CompressedForm, Fp8, Int4, Mxfp4
+from fpq_jax._storage.compressed_tensors import METHOD, CompressedScheme, Fp8, Int4, Mxfp4
 
 _UNSUPPORTED = ("kv_cache_scheme", "output_activations", "sparsity_config", "transform_config")
 
 
-def form_of(config: Mapping[str, Any]) -> CompressedForm:
-    """The form that a quantization_config is about. FpqError names what is not supported."""
+def scheme_of(config: Mapping[str, Any]) -> CompressedScheme:
+    """The scheme that a quantization_config is about. FpqError names what is not supported."""
     method = config.get("quant_method")
     if method != METHOD:
         raise FpqError(
@@ -35,16 +35,16 @@ def form_of(config: Mapping[str, Any]) -> CompressedForm:
     return known[found]
 
 
-def _schemes(group: Mapping[str, Any]) -> dict[str, CompressedForm]:
+def _schemes(group: Mapping[str, Any]) -> dict[str, CompressedScheme]:
     """What a config group can mean, by the format that is beside it."""
     weights = _arguments(group.get("weights"))
     activations = _arguments(group.get("input_activations"))
     size = weights.get("group_size")
-    forms: list[CompressedForm] = [Mxfp4(), *(Fp8(a, t) for a in ("token", "static", None) for t in (False, True))]
+    schemes: list[CompressedScheme] = [Mxfp4(), *(Fp8(a, t) for a in ("token", "static", None) for t in (False, True))]
     if isinstance(size, int) and size > 0:
-        forms.append(Int4(size))
-    fits = [form for form in forms if tuple(map(_arguments, form.arguments())) == (weights, activations)]
-    return {name: form for form in fits for name in (form.FORMAT, *form.ALIASES)}
+        schemes.append(Int4(size))
+    fits = [scheme for scheme in schemes if tuple(map(_arguments, scheme.arguments())) == (weights, activations)]
+    return {name: scheme for scheme in fits for name in (scheme.FORMAT, *scheme.ALIASES)}
 
 
 def _arguments(given: Any) -> dict[str, Any]:

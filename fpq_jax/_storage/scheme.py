@@ -28,7 +28,7 @@ class Expected(NamedTuple):
     values: tuple[int, ...] | None = None
 
 
-class Form(abc.ABC):
+class StorageScheme(abc.ABC):
     """A way to write quantized Linears; ``linear`` is one's name, ``shape`` its [in, out].
 
     dtype: of all else, None to leave it as it is. arithmetic: what its readers compute in, None for any. stem: of the
@@ -44,35 +44,35 @@ class Form(abc.ABC):
         """The tensors of a Linear. FpqError if it cannot have this shape."""
 
     @abc.abstractmethod
-    def why_not(self, q: QTensor) -> str | None:
-        """What such a weight (its shapes are enough) has that this form cannot hold; None if it can."""
+    def unsupported_reason(self, q: QTensor) -> str | None:
+        """What such a weight (its shapes are enough) has that this scheme cannot hold; None if it can."""
 
     @abc.abstractmethod
     def tensors(self, q: QTensor) -> Tensors:
-        """The tensors of a weight of which ``why_not`` says nothing. Jittable."""
+        """The tensors of a weight of which ``unsupported_reason`` says nothing. Jittable."""
 
     @abc.abstractmethod
     def config(self, ignored: list[str]) -> dict[str, Any] | None:
-        """quantization_config of a checkpoint whose Linears are in this form, but for those ``ignored``."""
+        """quantization_config of a checkpoint whose Linears are in this scheme, but for those ``ignored``."""
 
     def metadata(self, names: list[str]) -> dict[str, str]:
         """Of a file with tensors of these names."""
         return {"format": "pt"}
 
 
-class ReadableForm(Form):
+class ReadableScheme(StorageScheme):
     """One that is read, too, and gives back the weights it was given."""
 
     @abc.abstractmethod
     def stores(self, linear: str, names: Container[str]) -> bool:
-        """Whether a checkpoint with tensors of these names has the Linear in this form."""
+        """Whether a checkpoint with tensors of these names has the Linear in this scheme."""
 
     @abc.abstractmethod
     def qtensor(self, linear: str, tensors: Mapping[str, Any], shape: tuple[int, int]) -> QTensor:
         """What such tensors stand for. Jittable."""
 
 
-class Dense(Form):
+class DenseScheme(StorageScheme):
     """The bfloat16 weights that quantized Linears stand for, LoRC added: rounded, and read by every tool."""
 
     dtype = arithmetic = jnp.bfloat16
@@ -80,7 +80,7 @@ class Dense(Form):
     def expected(self, linear: str, shape: tuple[int, int]) -> dict[str, Expected]:
         return {"weight": Expected((shape[::-1],), ("BF16",))}
 
-    def why_not(self, q: QTensor) -> str | None:
+    def unsupported_reason(self, q: QTensor) -> str | None:
         return None
 
     def tensors(self, q: QTensor) -> Tensors:

@@ -16,22 +16,22 @@ from fpq_jax._support.mesh import AXES
 BATCH = P(AXES)  # the first dimension, windows, over all devices
 
 
-def put(rows: np.ndarray, mesh: Mesh) -> Array:
+def to_devices(rows: np.ndarray, mesh: Mesh) -> Array:
     """A batch on the devices, of this process's rows."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
 
 
-def on_devices(batches: Sequence[np.ndarray], mesh: Mesh) -> Iterator[Array]:
+def prefetch_to_devices(batches: Sequence[np.ndarray], mesh: Mesh) -> Iterator[Array]:
     """Each batch of ``batches`` on the devices; the next one is on its way while one is used."""
-    following = put(batches[0], mesh)
+    following = to_devices(batches[0], mesh)
     for i in range(len(batches)):
         current = following
         if i + 1 < len(batches):
-            following = put(batches[i + 1], mesh)
+            following = to_devices(batches[i + 1], mesh)
         yield current
 
 
-def fetch(batch: Array) -> np.ndarray:
+def to_host(batch: Array) -> np.ndarray:
     """This process's rows of a batch, on the host."""
     shards = sorted(batch.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     rows = [np.asarray(shard.data) for shard in shards]
@@ -44,18 +44,18 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere.device_set:
-            return leaf if leaf.sharding.is_fully_replicated else _replicated(leaf, everywhere)
+            return leaf if leaf.sharding.is_fully_replicated else _replicate(leaf, everywhere)
         return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: np.asarray(leaf)[index])
 
     return jax.tree.map(one, tree)
 
 
 @partial(jax.jit, static_argnums=1)
-def _replicated(leaf: Array, sharding: NamedSharding) -> Array:
+def _replicate(leaf: Array, sharding: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(leaf, sharding)
 
 
-def from_one(tree: Any | None, shapes: Any, mesh: Mesh) -> Any:
+def broadcast_from(tree: Any | None, shapes: Any, mesh: Mesh) -> Any:
     """On every device what one device has; ``tree`` is None in processes without it, ``shapes`` are its arrays'."""
     parts = NamedSharding(mesh, P(AXES))
 
@@ -67,17 +67,17 @@ def from_one(tree: Any | None, shapes: Any, mesh: Mesh) -> Any:
             if device.process_index == jax.process_index()
         ]
         all_parts = jax.make_array_from_single_device_arrays((mesh.size, *shape.shape), parts, mine)
-        return _sum(all_parts, NamedSharding(mesh, P()))
+        return _broadcast(all_parts, NamedSharding(mesh, P()))
 
     return jax.tree.map(one, shapes) if tree is None else jax.tree.map(one, shapes, tree)
 
 
 @partial(jax.jit, static_argnums=1)
-def _sum(parts: Array, sharding: NamedSharding) -> Array:
+def _broadcast(parts: Array, sharding: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(jnp.sum(parts, axis=0, dtype=parts.dtype), sharding)
 
 
-def everywhere(mesh: Mesh) -> Callable[[str, str], jax.sharding.Sharding]:
+def replicated(mesh: Mesh) -> Callable[[str, str], jax.sharding.Sharding]:
     """Every array on every device, as ``read_part`` asks for it."""
     return lambda path, part: NamedSharding(mesh, P())
 
@@ -88,6 +88,6 @@ def abstract(tree: Any, mesh: Mesh, spec: P) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def divided(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """``function`` on each device's own part."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -48,14 +48,14 @@ def stored_bytes(tree: Any) -> int:
 def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[str, Any]], Any]:
     """Each leaf of any pytree with its dotted path, and the tree's structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    named = [(dotted(path), leaf) for path, leaf in leaves]
+    named = [(path_name(path), leaf) for path, leaf in leaves]
     if len(known := {path for path, _ in named}) < len(named):
         twice = next(path for path in known if sum(path == other for other, _ in named) > 1)
         raise FpqError(f"Two leaves of the tree have the path {twice}; name them otherwise.")
     return named, structure
 
 
-def dotted(path: Any) -> str:
+def path_name(path: Any) -> str:
     """A key path as a name: ``params.layers.0.kernel``. An NNX variable's ``value`` is left out."""
     names = [str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a))) for key in path]
     if len(names) > 1 and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
@@ -68,13 +68,13 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def parted(leaves: Sequence[Any], belongs: Callable[[Any], bool] = is_array) -> tuple[list[Any], tuple[Any, ...]]:
+def split_arrays(leaves: Sequence[Any], belongs: Callable[[Any], bool] = is_array) -> tuple[list[Any], tuple[Any, ...]]:
     """(the leaves that ``belongs`` says are arrays, the others with a mark in their places)."""
     return [leaf for leaf in leaves if belongs(leaf)], tuple(_ARRAY if belongs(leaf) else leaf for leaf in leaves)
 
 
-def rejoined(arrays: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """The inverse of ``parted``."""
+def merge_arrays(arrays: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The inverse of ``split_arrays``."""
     values = iter(arrays)
     return [next(values) if other is _ARRAY else other for other in others]
 
@@ -86,11 +86,11 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     @partial(jax.jit, static_argnums=1)
     def flat(arrays: list[Any], static: tuple[Any, tuple[Any, ...]]) -> Any:
         structure, others = static
-        return function(*jax.tree.unflatten(structure, rejoined(arrays, others)))
+        return function(*jax.tree.unflatten(structure, merge_arrays(arrays, others)))
 
     def call(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        arrays, others = parted(leaves)
+        arrays, others = split_arrays(leaves)
         return flat(arrays, (structure, others))
 
     return call
@@ -100,13 +100,13 @@ _ARRAY = object()
 
 
 @dataclass(frozen=True, eq=False)
-class Same:
+class ByIdentity:
     """A function that is equal to nothing but itself, whatever it is, so that it can be a static argument."""
 
     function: Callable[..., Any]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.function is other.function
+        return isinstance(other, ByIdentity) and self.function is other.function
 
     def __hash__(self) -> int:
         return id(self.function)

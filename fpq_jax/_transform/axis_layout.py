@@ -113,7 +113,7 @@ class Product(NamedTuple):
         return kinds
 
 
-class Moves(NamedTuple):
+class Rearrange(NamedTuple):
     """How an array gets other axes: transposed, reshaped, and the same again."""
 
     first: tuple[int, ...]
@@ -141,21 +141,21 @@ def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
     return array if array.shape == shape else array.reshape(shape)
 
 
-class Plan(NamedTuple):
+class MatmulForm(NamedTuple):
     """A product of x and a kernel as one of matrices: ``of_x`` gives x as [*stack, *rows, in], ``of_result`` turns
     what comes of it, [*stack, *rows, out], into the product's result.
 
     stack: the sizes of the kernel's stack. shared: for each, whether x has it too; otherwise it has no such axis.
     """
 
-    of_x: Moves
-    of_result: Moves
+    of_x: Rearrange
+    of_result: Rearrange
     stack: tuple[int, ...]
     shared: tuple[bool, ...]
 
 
 @functools.lru_cache(maxsize=4096)  # layers are alike
-def plan(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: Product) -> Plan | None:
+def matmul_form(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: Product) -> MatmulForm | None:
     """None where the product contracts anything but the kernel's inputs, or shares anything but its stack with x."""
     many = lambda factors: tuple(f for f in factors if f.size > 1)  # what is of size 1 may stand anywhere
     kind = lambda wanted: tuple(f for f in layout.factors if axes.kinds[f.axis] == wanted)
@@ -169,7 +169,7 @@ def plan(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: Product)
     row_sizes = tuple(x_shape[i] for i in rows)
     shared = tuple(f for f in stack if f in batch)
     behind = len(batch) + len(rows)
-    of_x = Moves(
+    of_x = Rearrange(
         product.x_batch + rows + product.x_contracted,
         sizes(batch) + row_sizes + sizes(contracted),
         tuple(batch.index(f) for f in shared)
@@ -181,13 +181,13 @@ def plan(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: Product)
     place = {f: i for i, f in enumerate(stack)} | {f: len(stack) + len(rows) + i for i, f in enumerate(outputs)}
     kernel, own = tuple(place[f] for f in free), tuple(range(len(stack), len(stack) + len(rows)))
     every = kind("stack")
-    of_result = Moves(
+    of_result = Rearrange(
         tuple(range(len(every) + len(rows) + 1)),
         sizes(stack) + row_sizes + sizes(outputs),
         tuple(place[f] for f in batch) + (kernel + own if product.kernel_first else own + kernel),
         _result_shape(x_shape, layout, product),
     )
-    return Plan(of_x, of_result, sizes(every), tuple(f in batch for f in every))
+    return MatmulForm(of_x, of_result, sizes(every), tuple(f in batch for f in every))
 
 
 def _result_shape(x_shape: Sequence[int], layout: Layout, product: Product) -> tuple[int, ...]:

@@ -9,41 +9,41 @@ import jax
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.qtensor import Axes, Kind
 from fpq_jax._transform.axis_layout import Layout, Product
-from fpq_jax._transform.interpreter import walk
+from fpq_jax._transform.interpreter import interpret
 from fpq_jax._transform.quantized import Traced, kernel_of
-from fpq_jax._transform.selection import Use, is_parameter
-from fpq_jax._transform.tracked import Followed, Known, Place, Rules
+from fpq_jax._transform.selection import ParamUse, is_parameter
+from fpq_jax._transform.tracked import ParamRef, TraceScope, TrackedParam, UseHandler
 
 
-def find_kernels(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, Use]:
+def find_kernels(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, ParamUse]:
     """What ``apply_fn(params, *args)`` does with each parameter of two or more axes, by path.
 
     Nothing is computed: ``params`` and ``args`` may be shapes (``jax.ShapeDtypeStruct``).
     """
     traced = Traced(apply_fn, (params, *args), {})
     own = {one.name: one.leaf for one in traced.inputs if one.argument == 0 and is_parameter(one.leaf)}
-    rules = _Find({name: tuple(leaf.shape) for name, leaf in own.items()})
+    handler = _RecordUses({name: tuple(leaf.shape) for name, leaf in own.items()})
 
     def trace(arrays: list[Any]) -> int:
-        inputs = [follow(one, array, None) for one, array in zip(traced.inputs, arrays, strict=True)]
-        walk(traced.jaxpr, inputs, rules)
+        inputs = [track(one, array, None) for one, array in zip(traced.inputs, arrays, strict=True)]
+        interpret(traced.jaxpr, inputs, handler)
         return 0
 
     jax.eval_shape(trace, [one.leaf for one in traced.inputs])
-    return {name: rules.use_of(name, leaf) for name, leaf in own.items()}
+    return {name: handler.use_of(name, leaf) for name, leaf in own.items()}
 
 
-def follow(one: Any, value: Any, axes: Axes | None) -> Any:
+def track(one: Any, value: Any, axes: Axes | None) -> Any:
     """An input of a function on its way, if it is a parameter that may be a kernel; otherwise as it is."""
     if is_quantized(one.leaf):
         return kernel_of(one._replace(leaf=value))
     if one.argument != 0 or not is_parameter(one.leaf):
         return value
-    return Followed(value, Place(one.name), Layout.of(value.shape), value.dtype, axes)
+    return TrackedParam(value, ParamRef(one.name), Layout.of(value.shape), value.dtype, axes)
 
 
-class _Find(Rules):
-    """Rules that only look."""
+class _RecordUses(UseHandler):
+    """Notes what each parameter is used for, and changes nothing."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -51,7 +51,7 @@ class _Find(Rules):
         self._others: dict[str, set[str]] = {}
 
     def product(
-        self, kernel: Followed, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
+        self, kernel: TrackedParam, x: Any, product: Product, scope: TraceScope, bind: Callable[..., Any], dtype: Any
     ) -> Any:
         if kernel.quantized:
             return None
@@ -59,31 +59,33 @@ class _Find(Rules):
         self._products.setdefault(name, []).append(_kinds(kernel.layout, product, self._shapes[name]))
         return bind(x, kernel.array())
 
-    def other(self, kernel: Followed, use: str) -> None:
+    def other(self, kernel: TrackedParam, use: str) -> None:
         self._others.setdefault(kernel.place.path, set()).add(use)
 
-    def use_of(self, name: str, leaf: Any) -> Use:
+    def use_of(self, name: str, leaf: Any) -> ParamUse:
         """What was seen of a parameter."""
         others = ", ".join(sorted(self._others.get(name, ())))
         if not (products := self._products.get(name)):
-            return Use(None, f"it is used by {others}, not in a product" if others else "it is not used in a product")
+            return ParamUse(
+                None, f"it is used by {others}, not in a product" if others else "it is not used in a product"
+            )
         kinds: dict[int, Kind] = {}
         for seen in products:
             if seen is None:
-                return Use(None, "a product takes one of its axes apart")
+                return ParamUse(None, "a product takes one of its axes apart")
             for axis, kind in seen.items():
                 both = {kinds.setdefault(axis, kind), kind}
                 if len(both) > 1 and "in" in both:
-                    return Use(None, "its products are over different axes of it")
+                    return ParamUse(None, "its products are over different axes of it")
                 if len(both) > 1:  # weights of a stack that also meet one input together
                     kinds[axis] = "stack"
         for axis, size in enumerate(leaf.shape):
             if size == 1:
                 kinds.setdefault(axis, "in" if "out" in kinds.values() else "out")
         if len(kinds) < len(leaf.shape) or not {"in", "out"} <= set(kinds.values()):
-            return Use(None, "its products leave it no outputs")
+            return ParamUse(None, "its products leave it no outputs")
         axes = Axes.of([kinds[i] for i in range(len(leaf.shape))], leaf.shape, leaf.dtype)
-        return Use(axes, f"it is also used by {others}" if others else "")
+        return ParamUse(axes, f"it is also used by {others}" if others else "")
 
 
 def _kinds(layout: Layout, product: Product, shape: tuple[int, ...]) -> dict[int, Kind] | None:

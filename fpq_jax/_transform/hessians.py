@@ -24,13 +24,13 @@ from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._numerics.qtensor import Kind
 from fpq_jax._numerics.scales import Scale, range_scale
-from fpq_jax._support.trees import Same, is_array, named_leaves, parted, rejoined
-from fpq_jax._transform.axis_layout import Factor, Plan, Product, plan
-from fpq_jax._transform.find_kernels import find_kernels, follow
-from fpq_jax._transform.interpreter import walk
-from fpq_jax._transform.quantized import Input, Multiply, Traced, arranged, is_traced
-from fpq_jax._transform.selection import Chosen, Use, select
-from fpq_jax._transform.tracked import Followed, Known, Place, Rules, Together, empty
+from fpq_jax._support.trees import ByIdentity, is_array, merge_arrays, named_leaves, split_arrays
+from fpq_jax._transform.axis_layout import Factor, MatmulForm, Product, matmul_form
+from fpq_jax._transform.find_kernels import find_kernels, track
+from fpq_jax._transform.interpreter import interpret
+from fpq_jax._transform.quantized import Input, MultiplyQuantized, Traced, arranged, is_traced
+from fpq_jax._transform.selection import Chosen, ParamUse, select
+from fpq_jax._transform.tracked import ParamRef, SharedInput, TraceScope, TrackedParam, UseHandler, empty
 
 Mask = Callable[..., Any]
 
@@ -45,7 +45,7 @@ class Hessians(Mapping[str, Any]):
 
     by_input: dict[tuple[str, ...], Any]
     fixed: dict[str, Scale]
-    uses: dict[str, Use]
+    uses: dict[str, ParamUse]
     complete: bool
 
     def __getitem__(self, path: str) -> Any:
@@ -105,11 +105,13 @@ def collect_named(
         raise FpqError(f"only={only!r} fits no kernel that the recipe quantizes.")
     if lenient and not chosen:
         return Hessians({}, {}, uses, True)
-    arrays, static = parted([leaf for _, leaf in leaves], is_traced)
+    arrays, static = split_arrays([leaf for _, leaf in leaves], is_traced)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in arrays):
         raise FpqError("The parameters are shapes without values; Hessians are collected with the values.")
     names = tuple(path for path, leaf in leaves if is_traced(leaf))
-    program = _Recorder(Same(apply_fn), structure, static, names, tuple(chosen.items()), mask and Same(mask))
+    program = _Recorder(
+        ByIdentity(apply_fn), structure, static, names, tuple(chosen.items()), mask and ByIdentity(mask)
+    )
     static_scales = [path for path, one in chosen.items() if one.recipe.spec.activation_scale == "static"]
     fixed: dict[str, Scale] = {}
     if static_scales:
@@ -144,32 +146,32 @@ def check_seen(path: str, matrix: Any) -> None:
 class _Recorder:
     """What a batch is recorded with; equal ones, as of blocks that are alike, are compiled once.
 
-    structure, others: of the parameters, see ``parted``; names: of their arrays. scaled: kernels of which the
+    structure, others: of the parameters, see ``split_arrays``; names: of their arrays. scaled: kernels of which the
     range of the inputs is recorded, instead of Hessians.
     """
 
-    apply_fn: Same
+    apply_fn: ByIdentity
     structure: Any
     others: tuple[Any, ...]
     names: tuple[str, ...]
     chosen: tuple[tuple[str, Chosen], ...]
-    mask: Same | None
+    mask: ByIdentity | None
     scaled: tuple[str, ...] | None = None
 
     @property
     def merge(self) -> Any:
         return jnp.add if self.scaled is None else jnp.maximum
 
-    def records(self, arrays: list[Any], fixed: dict[str, Scale], args: tuple[Any, ...]) -> dict[Together, Array]:
+    def records(self, arrays: list[Any], fixed: dict[str, Scale], args: tuple[Any, ...]) -> dict[SharedInput, Array]:
         """Of one batch."""
         chosen = dict(self.chosen)
         if self.scaled is None:
             mask = None if self.mask is None else self.mask.function(*args)
             if self.mask is not None and not is_array(mask):
                 raise FpqError(f"mask(*batch) gave {mask!r}; it must give an array, nonzero where a position counts.")
-            rules: Rules = _Collect(chosen, fixed, mask)
+            rules: UseHandler = _RecordHessians(chosen, fixed, mask)
         else:
-            chosen, rules = {path: chosen[path] for path in self.scaled}, _Ranges()
+            chosen, rules = {path: chosen[path] for path in self.scaled}, _RecordRanges()
         traced = Traced(self._apply, (arrays, *args), {})
 
         def on_its_way(one: Input) -> Any:
@@ -178,12 +180,12 @@ class _Recorder:
             name = self.names[int(one.name.partition(".")[0])]
             if name not in chosen and not is_quantized(one.leaf):
                 return one.leaf
-            return follow(one._replace(name=name), one.leaf, chosen[name].axes if name in chosen else None)
+            return track(one._replace(name=name), one.leaf, chosen[name].axes if name in chosen else None)
 
-        return walk(traced.jaxpr, [on_its_way(one) for one in traced.inputs], rules, self.merge).records
+        return interpret(traced.jaxpr, [on_its_way(one) for one in traced.inputs], rules, self.merge).records
 
     def _apply(self, arrays: list[Any], *args: Any) -> Any:
-        return self.apply_fn.function(jax.tree.unflatten(self.structure, rejoined(arrays, self.others)), *args)
+        return self.apply_fn.function(jax.tree.unflatten(self.structure, merge_arrays(arrays, self.others)), *args)
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
@@ -196,9 +198,9 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
 
 def _merged(
     program: _Recorder, arrays: list[Any], fixed: dict[str, Scale], batches: Iterable[tuple[Any, ...]]
-) -> dict[Together, Array]:
+) -> dict[SharedInput, Array]:
     """The records of all batches, merged on the device."""
-    total: dict[Together, Array] = {}
+    total: dict[SharedInput, Array] = {}
     known: set[Any] = set()
     for args in batches:
         leaves, structure = jax.tree.flatten(args)
@@ -214,8 +216,8 @@ def _merged(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _more(
-    program: _Recorder, total: dict[Together, Array], arrays: list[Any], fixed: dict[str, Scale], args: Any
-) -> dict[Together, Array]:
+    program: _Recorder, total: dict[SharedInput, Array], arrays: list[Any], fixed: dict[str, Scale], args: Any
+) -> dict[SharedInput, Array]:
     new = program.records(arrays, fixed, args)
     return {places: program.merge(old, new[places]) if places in new else old for places, old in total.items()}
 
@@ -238,8 +240,8 @@ def _static_scales(
     return fixed
 
 
-class _Seen(Multiply):
-    """Rules that look at the input of each kernel that is an array still, and multiply QTensors."""
+class _RecordInputs(MultiplyQuantized):
+    """Looks at the input of each kernel that is still an array, and multiplies QTensors."""
 
     records = True
 
@@ -247,22 +249,22 @@ class _Seen(Multiply):
         super().__init__(False, set())
 
     def product(
-        self, kernel: Followed, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
+        self, kernel: TrackedParam, x: Any, product: Product, scope: TraceScope, bind: Callable[..., Any], dtype: Any
     ) -> Any:
         if kernel.quantized:
-            return super().product(kernel, x, product, known, bind, dtype)
+            return super().product(kernel, x, product, scope, bind, dtype)
         assert kernel.axes is not None
-        how = plan(x.shape, kernel.layout, kernel.axes, product)
-        if how is None:
+        form = matmul_form(x.shape, kernel.layout, kernel.axes, product)
+        if form is None:
             return None
-        seen = self.see(kernel, arranged(x, how, known), how, known)
-        return bind(x if seen is None else how.of_x.undone(seen, x.shape), kernel.value)
+        seen = self.see(kernel, arranged(x, form, scope), form, scope)
+        return bind(x if seen is None else form.of_x.undone(seen, x.shape), kernel.value)
 
-    def see(self, kernel: Followed, x: Array, how: Plan, known: Known) -> Array | None:
+    def see(self, kernel: TrackedParam, x: Array, form: MatmulForm, scope: TraceScope) -> Array | None:
         """What the kernel is multiplied with, as ``how`` has x; None: x itself."""
         raise NotImplementedError
 
-    def part(self, kernel: Followed, axis: Factor, start: Any, size: int) -> Place:
+    def part(self, kernel: TrackedParam, axis: Factor, start: Any, size: int) -> ParamRef:
         if kernel.quantized:
             return kernel.place
         if isinstance(start, jax.core.Tracer):
@@ -273,37 +275,37 @@ class _Seen(Multiply):
         return kernel.place.cut(axis.axis, int(start), size)
 
 
-class _Ranges(_Seen):
-    def see(self, kernel: Followed, x: Array, how: Plan, known: Known) -> None:
-        known.record((kernel.place,), jnp.stack([jnp.max(-x), jnp.max(x)]).astype(jnp.float32))
+class _RecordRanges(_RecordInputs):
+    def see(self, kernel: TrackedParam, x: Array, form: MatmulForm, scope: TraceScope) -> None:
+        scope.record((kernel.place,), jnp.stack([jnp.max(-x), jnp.max(x)]).astype(jnp.float32))
 
 
-class _Collect(_Seen):
+class _RecordHessians(_RecordInputs):
     def __init__(self, chosen: dict[str, Chosen], fixed: dict[str, Scale], mask: Any):
         super().__init__()
         self._chosen = chosen
         self._fixed = fixed
         self._mask = mask
 
-    def see(self, kernel: Followed, x: Array, how: Plan, known: Known) -> Array:
+    def see(self, kernel: TrackedParam, x: Array, form: MatmulForm, scope: TraceScope) -> Array:
         path = kernel.place.path
         activation, fixed = self._chosen[path].recipe.spec.activation, self._fixed.get(path)
-        kept = known.of_input(x, ("seen", activation, path if fixed is not None else None, how.stack, how.shared))
+        kept = scope.of_input(x, ("seen", activation, path if fixed is not None else None, form.stack, form.shared))
         if "seen" not in kept:
             kept["seen"] = x if activation is None else fake_quantize_tokens(x, activation, fixed)
-            kept["site"] = known.site(self._hessian(path, kept["seen"], how))
+            kept["site"] = scope.site(self._hessian(path, kept["seen"], form))
         kept["site"].places.append(kernel.place)
         return kept["seen"]
 
-    def _hessian(self, name: str, x: Array, how: Plan) -> Array:
-        shared = sum(how.shared)
+    def _hessian(self, name: str, x: Array, form: MatmulForm) -> Array:
+        shared = sum(form.shared)
         mask = None if self._mask is None else _of_rows(self._mask, x.shape[shared:-1], name)
         one = lambda x: hessian(x, mask)
         for _ in range(shared):
             one = jax.vmap(one)
         matrix = one(x)
-        axes = [axis for axis, has in enumerate(how.shared) if not has]
-        return jnp.broadcast_to(jnp.expand_dims(matrix, axes), (*how.stack, *matrix.shape[-2:]))
+        axes = [axis for axis, has in enumerate(form.shared) if not has]
+        return jnp.broadcast_to(jnp.expand_dims(matrix, axes), (*form.stack, *matrix.shape[-2:]))
 
 
 def _of_rows(mask: Any, rows: tuple[int, ...], name: str) -> Array:
@@ -320,11 +322,11 @@ def _of_rows(mask: Any, rows: tuple[int, ...], name: str) -> Array:
 
 
 def _by_input(
-    found: dict[Together, Any], chosen: dict[str, Chosen], leaves: dict[str, Any]
+    found: dict[SharedInput, Any], chosen: dict[str, Chosen], leaves: dict[str, Any]
 ) -> dict[tuple[str, ...], Any]:
     """Records of kernels, and of parts of stacks, as whole matrices by the kernels that share them."""
     # of each kernel: in which records it is, as which part
-    within: dict[str, list[tuple[Together, Any]]] = defaultdict(list)
+    within: dict[str, list[tuple[SharedInput, Any]]] = defaultdict(list)
     for places in found:
         for place in places:
             within[place.path].append((places, place.parts))

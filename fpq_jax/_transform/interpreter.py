@@ -1,12 +1,12 @@
 """Follow parameters through any function to the products in which they are used.
 
 A function is traced to a jaxpr, and the jaxpr is evaluated with some of its inputs being followed. What moves one
-(transposing, reshaping, casting, taking an index of a stack) moves its layout; a product is handed to the rules;
-whatever else takes one is told to them and gets an array. Loops, branches and calls that one enters are evaluated with
-it inside; everything else is bound as it was traced, custom derivatives and all.
+(transposing, reshaping, casting, taking an index of a stack) moves its layout; a product is handed to a UseHandler;
+whatever else takes one is told to it and gets an array. Loops, branches and calls that one enters are evaluated with it
+inside; everything else is bound as it was traced, custom derivatives and all.
 
-Rules may record arrays at products, as in taking Hessians. What is recorded inside of a loop comes out of it: added up
-over the steps, or, of a parameter that is scanned over, with an axis for them.
+A handler may record arrays at products, as in taking Hessians. What is recorded inside of a loop comes out of it: added
+up over the steps, or, of a parameter that is scanned over, with an axis for them.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,45 +20,45 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fpq_jax._transform.axis_layout import Product
-from fpq_jax._transform.primitive_rules import MOVES, bind
-from fpq_jax._transform.tracked import Followed, Known, Merge, Place, Rules, Together, add, empty
+from fpq_jax._transform.primitive_rules import PRIMITIVE_RULES, bind
+from fpq_jax._transform.tracked import Merge, ParamRef, SharedInput, TraceScope, TrackedParam, UseHandler, add, empty
 
 
 class Outcome(NamedTuple):
-    """A function's results, and what rules recorded."""
+    """A function's results, and what the handler recorded."""
 
     outputs: list[Any]
-    records: dict[Together, Array]
+    records: dict[SharedInput, Array]
 
 
-def walk(jaxpr: Any, arguments: Sequence[Any], rules: Rules, merge: Merge = jnp.add) -> Outcome:
+def interpret(jaxpr: Any, arguments: Sequence[Any], handler: UseHandler, merge: Merge = jnp.add) -> Outcome:
     """Evaluate a jaxpr; arguments may be followed parameters, and results are those that come back as they were.
 
     ``merge``: two records of the same kernels.
     """
-    walker = _Walk(rules, merge)
-    outputs, records = walker.inside(jaxpr, arguments)
+    interpreter = _Interpreter(handler, merge)
+    outputs, records = interpreter.inside(jaxpr, arguments)
     unmoved = {id(argument) for argument in arguments}
-    return Outcome([out if id(out) in unmoved else walker.array(out, "a result") for out in outputs], records)
+    return Outcome([out if id(out) in unmoved else interpreter.array(out, "a result") for out in outputs], records)
 
 
-class _Walk:
-    def __init__(self, rules: Rules, merge: Merge):
-        self.rules = rules
+class _Interpreter:
+    def __init__(self, handler: UseHandler, merge: Merge):
+        self.handler = handler
         self.merge = merge
-        self.known = Known(merge)
+        self.scope = TraceScope(merge)
         self.scans = 0
         # by jaxpr, and which of its operands are followed
-        self.called: dict[Any, tuple[list[Place | None], Callable[..., Any]]] = {}
+        self.called: dict[Any, tuple[list[ParamRef | None], Callable[..., Any]]] = {}
 
     def inside(self, jaxpr: Any, arguments: Sequence[Any]) -> Outcome:
         """Evaluate what is a function of its own, with records of its own."""
-        outer, self.known = self.known, Known(self.merge)
+        outer, self.scope = self.scope, TraceScope(self.merge)
         try:
             outputs = self.run(jaxpr, arguments)
-            return Outcome(outputs, self.known.records())
+            return Outcome(outputs, self.scope.records())
         finally:
-            self.known = outer
+            self.scope = outer
 
     def arrays_inside(self, jaxpr: Any, arguments: Sequence[Any], same: Any = ()) -> Outcome:
         """``inside``, with arrays for results, and None for those in ``same``."""
@@ -87,43 +87,43 @@ class _Walk:
 
     def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
         name = eqn.primitive.name
-        if not any(isinstance(operand, Followed) for operand in operands):
+        if not any(isinstance(operand, TrackedParam) for operand in operands):
             if name in _SAME_EVERYWHERE:
-                return self.known.once((name, str(eqn.params)), operands, lambda: bind(eqn, operands))
+                return self.scope.once((name, str(eqn.params)), operands, lambda: bind(eqn, operands))
             return bind(eqn, operands)
         if (rule := _STRUCTURES.get(name)) is not None:
             return rule(self, eqn, operands)
         if name == "dot_general":
             if (result := self.product(eqn, operands)) is not None:
                 return [result]
-        elif (move := MOVES.get(name)) is not None and isinstance(operands[0], Followed):
-            if (moved := move(self.rules, eqn, operands)) is not None:
+        elif (move := PRIMITIVE_RULES.get(name)) is not None and isinstance(operands[0], TrackedParam):
+            if (moved := move(self.handler, eqn, operands)) is not None:
                 return moved
-        both = name == "dot_general" and all(isinstance(operand, Followed) for operand in operands)
+        both = name == "dot_general" and all(isinstance(operand, TrackedParam) for operand in operands)
         use = "a product with another parameter" if both else name
         return bind(eqn, [self.array(operand, use) for operand in operands])
 
     def array(self, value: Any, use: str) -> Any:
-        """A value as an array; the rules are told of a parameter that had to become one."""
-        if not isinstance(value, Followed):
+        """A value as an array; the handler is told of a parameter that had to become one."""
+        if not isinstance(value, TrackedParam):
             return value
-        self.rules.other(value, use)
+        self.handler.other(value, use)
         return value.array()
 
     def product(self, eqn: Any, operands: list[Any]) -> Any:
-        kernel_first = isinstance(operands[0], Followed)
+        kernel_first = isinstance(operands[0], TrackedParam)
         kernel, x = operands if kernel_first else operands[::-1]
-        if isinstance(x, Followed) or not jnp.issubdtype(x.dtype, jnp.floating):
+        if isinstance(x, TrackedParam) or not jnp.issubdtype(x.dtype, jnp.floating):
             return None
         multiply = lambda x, w: bind(eqn, [w, x] if kernel_first else [x, w])[0]
         product = Product.of(eqn.params["dimension_numbers"], kernel_first)
         with _precision(eqn.params["precision"]):
-            return self.rules.product(kernel, x, product, self.known, multiply, eqn.outvars[0].aval.dtype)
+            return self.handler.product(kernel, x, product, self.scope, multiply, eqn.outvars[0].aval.dtype)
 
-    def record(self, records: dict[Together, Array]) -> None:
+    def record(self, records: dict[SharedInput, Array]) -> None:
         """Add what was recorded inside of something to what is known here."""
         for places, value in records.items():
-            self.known.record(places, value)
+            self.scope.record(places, value)
 
     # what a kernel is in from here on
 
@@ -131,13 +131,13 @@ class _Walk:
         """A function that is called: jit, and functions with derivatives of their own."""
         constrained = lambda values, shardings: [
             jax.lax.with_sharding_constraint(value, sharding)
-            if isinstance(sharding, jax.sharding.Sharding) and not isinstance(value, Followed)
+            if isinstance(sharding, jax.sharding.Sharding) and not isinstance(value, TrackedParam)
             else value
             for value, sharding in zip(values, shardings or [None] * len(values), strict=True)
         ]
         jaxpr = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
         operands = constrained(operands, eqn.params.get("in_shardings"))
-        if self.rules.records or len(jaxpr.eqns) < _WORTH_A_CALL:
+        if self.handler.records or len(jaxpr.eqns) < _WORTH_A_CALL:
             outputs = self.run(jaxpr, operands)
         else:
             outputs = self.call_once_traced(jaxpr, operands)
@@ -145,15 +145,15 @@ class _Walk:
 
     def call_once_traced(self, jaxpr: Any, operands: list[Any]) -> list[Any]:
         """What many layers call is traced once, with the places that the first of them had."""
-        own = [operand.place if isinstance(operand, Followed) else None for operand in operands]
+        own = [operand.place if isinstance(operand, TrackedParam) else None for operand in operands]
         key = (id(jaxpr), tuple(place is None for place in own))
         if key not in self.called:
             function = lambda operands: self.inside(jaxpr, _renamed(operands, own)).outputs
             self.called[key] = own, jax.jit(function)
         first, function = self.called[key]
-        outputs = function(_renamed(operands, [place and Place("") for place in own]))
+        outputs = function(_renamed(operands, [place and ParamRef("") for place in own]))
         back = dict(zip(first, own, strict=True))
-        return _renamed(outputs, [back[out.place] if isinstance(out, Followed) else None for out in outputs])
+        return _renamed(outputs, [back[out.place] if isinstance(out, TrackedParam) else None for out in outputs])
 
     def remat(self, eqn: Any, operands: list[Any]) -> list[Any]:
         jaxpr = eqn.params["jaxpr"]
@@ -170,8 +170,8 @@ class _Walk:
         forwarded = [_forwarded(jaxpr).items() for jaxpr in jaxprs]
         same = dict(set.intersection(*map(set, forwarded)))
         branch = lambda jaxpr, empty, *arguments: self._filled(self.arrays_inside(jaxpr, arguments, same), empty)
-        empty: dict[Together, Array] = {}
-        if self.rules.records:
+        empty: dict[SharedInput, Array] = {}
+        if self.handler.records:
             for jaxpr in jaxprs:
                 empty |= self._empty(lambda *a, jaxpr=jaxpr: self.arrays_inside(jaxpr, a, same).records, *arguments)
         branches = [partial(branch, jaxpr, empty) for jaxpr in jaxprs]
@@ -189,12 +189,12 @@ class _Walk:
 
         def step(carry):
             outputs, records = self.arrays_inside(p["body_jaxpr"], [*in_body, *carry])
-            if self.rules.records:
+            if self.handler.records:
                 for places, value in asked(carry).records.items():
                     add(records, places, value, self.merge)
             return outputs, records
 
-        empty = self._empty(lambda *carry: step(carry)[1], *start) if self.rules.records else {}
+        empty = self._empty(lambda *carry: step(carry)[1], *start) if self.handler.records else {}
 
         def body(state):
             carry, records = state
@@ -203,7 +203,7 @@ class _Walk:
 
         outputs, records = jax.lax.while_loop(lambda state: asked(state[0]).outputs[0], body, (start, empty))
         self.record(records)
-        if self.rules.records:  # it is asked once more than there are steps
+        if self.handler.records:  # it is asked once more than there are steps
             self.record(asked(outputs).records)
         return outputs
 
@@ -218,7 +218,7 @@ class _Walk:
             inner = [_step_of(x, value, this) for x, value in zip(scanned, values, strict=True)]
             outputs, records = self.arrays_inside(eqn.params["jaxpr"], [*consts, *carry, *inner])
             each: dict[Any, Array] = {}
-            every: dict[Together, Array] = {}
+            every: dict[SharedInput, Array] = {}
             for places, value in records.items():
                 # a stack's own records have an axis for the steps, all others are merged
                 inside = [place for place in places if place.scans and place.scans[-1][0] == this]
@@ -229,9 +229,9 @@ class _Walk:
                     add(every, others, value, self.merge)
             return outputs, each, every
 
-        stacked = [x.value if isinstance(x, Followed) else x for x in scanned]
+        stacked = [x.value if isinstance(x, TrackedParam) else x for x in scanned]
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
-        empty = self._empty(lambda *carry: step(carry, _one_of(one))[2], *start) if self.rules.records else {}
+        empty = self._empty(lambda *carry: step(carry, _one_of(one))[2], *start) if self.handler.records else {}
 
         def body(state, values):
             carry, records = state
@@ -246,7 +246,7 @@ class _Walk:
 
     def _scannable(self, value: Any) -> Any:
         """With the stack that is scanned over in front."""
-        if not isinstance(value, Followed):
+        if not isinstance(value, TrackedParam):
             return value
         factor = value.stack_axis(0)
         if factor is None:
@@ -255,24 +255,24 @@ class _Walk:
             return value
         return replace(value, value=jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), value.value))
 
-    def _empty(self, function: Callable[..., dict[Together, Array]], *arguments: Any) -> dict[Together, Array]:
+    def _empty(self, function: Callable[..., dict[SharedInput, Array]], *arguments: Any) -> dict[SharedInput, Array]:
         """What merges with the function's records to what they are."""
         return empty(jax.eval_shape(function, *arguments), self.merge)
 
-    def _merged(self, records: dict[Together, Array], new: dict[Together, Array]) -> dict[Together, Array]:
+    def _merged(self, records: dict[SharedInput, Array], new: dict[SharedInput, Array]) -> dict[SharedInput, Array]:
         return {places: self.merge(value, new[places]) for places, value in records.items()}
 
-    def _filled(self, outcome: Outcome, empty: dict[Together, Array]) -> Outcome:
+    def _filled(self, outcome: Outcome, empty: dict[SharedInput, Array]) -> Outcome:
         return outcome._replace(records=empty | outcome.records)
 
 
-def _renamed(values: Sequence[Any], places: Sequence[Place | None]) -> list[Any]:
+def _renamed(values: Sequence[Any], places: Sequence[ParamRef | None]) -> list[Any]:
     return [v if place is None else replace(v, place=place) for v, place in zip(values, places, strict=True)]
 
 
 def _step_of(x: Any, value: Any, scan: int) -> Any:
     """What a step of a scan sees of ``x``."""
-    if not isinstance(x, Followed):
+    if not isinstance(x, TrackedParam):
         return value
     where = 0 if x.axes is None else x.stack.index(x.layout.axes[0][0])
     place = x.place._replace(scans=(*x.place.scans, (scan, where)))
@@ -314,15 +314,15 @@ _WORTH_A_CALL = 12  # equations of a function that is traced once for all its ca
 _SAME_EVERYWHERE = frozenset(
     ("convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
 )
-_STRUCTURES: dict[str, Callable[[_Walk, Any, list[Any]], list[Any]]] = {
-    "jit": _Walk.call,
-    "pjit": _Walk.call,
-    "closed_call": _Walk.call,
-    "core_call": _Walk.call,
-    "custom_jvp_call": _Walk.call,
-    "custom_vjp_call": _Walk.call,
-    "remat2": _Walk.remat,
-    "cond": _Walk.cond,
-    "while": _Walk.while_loop,
-    "scan": _Walk.scan,
+_STRUCTURES: dict[str, Callable[[_Interpreter, Any, list[Any]], list[Any]]] = {
+    "jit": _Interpreter.call,
+    "pjit": _Interpreter.call,
+    "closed_call": _Interpreter.call,
+    "core_call": _Interpreter.call,
+    "custom_jvp_call": _Interpreter.call,
+    "custom_vjp_call": _Interpreter.call,
+    "remat2": _Interpreter.remat,
+    "cond": _Interpreter.cond,
+    "while": _Interpreter.while_loop,
+    "scan": _Interpreter.scan,
 }

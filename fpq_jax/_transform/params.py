@@ -14,19 +14,19 @@ from jaxtyping import Array, Float
 from fpq_jax._algorithms.lorc import lorc
 from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
-from fpq_jax._algorithms.statistics import Seen
+from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.fp4_kernel.fragments import of_fragments
-from fpq_jax._matmul.weight_layouts import Residency, check_any_for_kernel, check_residency, is_quantized, resident
+from fpq_jax._matmul.weight_layouts import WeightLayout, check_any_for_fragments, check_layout, is_quantized, to_layout
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._numerics.qtensor_sharding import placed
 from fpq_jax._support.mesh import make_mesh
 from fpq_jax._support.placement import replicate
-from fpq_jax._support.trees import Flat, Same, jit, named_leaves
+from fpq_jax._support.trees import ByIdentity, Flat, jit, named_leaves
 from fpq_jax._transform.axis_layout import Layout, laid_out, to_kernel
 from fpq_jax._transform.hessians import Hessians, Mask, check_seen, collect_named
 from fpq_jax._transform.quantized import axes_of, quantized
-from fpq_jax._transform.selection import Chosen, Selection, Use, select
+from fpq_jax._transform.selection import Chosen, ParamUse, Selection, select
 
 _AUTO_RANK = 8  # of LoRC, where a recipe leaves it to the size of one of the paper's models
 
@@ -48,7 +48,7 @@ def quantize_params(
     recipe: Recipe,
     hessians: Mapping[str, Any] | None = None,
     *,
-    uses: Mapping[str, Use] | None = None,
+    uses: Mapping[str, ParamUse] | None = None,
     seed: int = 0,
 ) -> Any:
     """The same tree with QTensors for the kernels that the recipe quantizes; rules match paths, "layers.0.q.kernel".
@@ -69,7 +69,7 @@ def quantize_params_with_report(
     recipe: Recipe,
     hessians: Mapping[str, Any] | None = None,
     *,
-    uses: Mapping[str, Use] | None = None,
+    uses: Mapping[str, ParamUse] | None = None,
     seed: int = 0,
 ) -> tuple[Any, TreeReport]:
     """``quantize_params``, and what became of each parameter."""
@@ -82,7 +82,7 @@ def quantize_named(
     params: Any,
     recipe: Recipe,
     hessians: Mapping[str, Any] | None,
-    uses: Mapping[str, Use] | None,
+    uses: Mapping[str, ParamUse] | None,
     seed: int,
     prefix: str = "",
     lenient: bool = False,
@@ -128,13 +128,13 @@ def quantize_blocks(
         recipe.fitting(rule, [path for block in names for path in block], "parameter")
     inputs = [batch if type(batch) is tuple else (batch,) for batch in batches]
     quantized_any = any(map(is_quantized, jax.tree.leaves([p for _, p in blocks], is_leaf=is_quantized)))
-    following = {Same(function): jit(quantized(function)) for function, _ in blocks}
+    following = {ByIdentity(function): jit(quantized(function)) for function, _ in blocks}
     for i, (function, params) in enumerate(blocks):
         own, prefix = recipe.about(names[i]), f"{i}."
         found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix, lenient=True)
         done, report = quantize_named(params, own, found, found.uses, seed, prefix, lenient=True)
         if i + 1 < len(blocks):
-            inputs = [(jax.device_get(following[Same(function)](done, *args)), *args[1:]) for args in inputs]
+            inputs = [(jax.device_get(following[ByIdentity(function)](done, *args)), *args[1:]) for args in inputs]
         quantized_any |= bool(report.results)
         yield done, report
     if not quantized_any:
@@ -153,24 +153,24 @@ def dequantize_params(params: Any) -> Any:
     return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
-def expand_params(params: Any, expand: Residency = "load") -> Any:
-    """The tree with its QTensors in the form in which they are multiplied: "load" expands 4-bit codes with an FP8 form
-    to FP8 once, exactly, a byte per weight; "step" leaves them packed; "kernel" lays them out for our own kernel, which
-    has not been measured on a GPU yet. All pad FP8 codes with zeros to multiples of 16, which FP8 products want.
+def expand_params(params: Any, weights: WeightLayout = "fp8") -> Any:
+    """The tree with its QTensors in the form in which they are multiplied: "fp8" expands 4-bit codes with an FP8 form
+    to FP8 once, exactly, a byte per weight; "packed" leaves them packed; "fragments" lays them out for our own kernel,
+    which has not been measured on a GPU yet. All pad FP8 codes with zeros to multiples of 16, which FP8 products want.
     FpqError for a kernel that does not take them."""
     known = [leaf.sharding for leaf in jax.tree.leaves(params) if _has_device(leaf)]
     devices = max((len(sharding.device_set) for sharding in known), default=1)
-    check_residency(expand, devices if devices > 1 else None)
+    check_layout(weights, devices if devices > 1 else None)
 
     def one(leaf: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
-        make = partial(resident, how=expand)
+        make = partial(to_layout, layout=weights)
         for _ in leaf.stack:
             make = jax.vmap(make)
         return make(leaf)
 
-    check_any_for_kernel(jax.tree.leaves(params, is_leaf=is_quantized), expand)
+    check_any_for_fragments(jax.tree.leaves(params, is_leaf=is_quantized), weights)
     return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
@@ -277,7 +277,9 @@ def _solve(leaves: Flat, chosen: dict[str, Chosen], *, hessians: Mapping[str, An
         stack = matrix.shape[:-2]
         parts: dict[str, list[tuple[QTensor, LinearResult]]] = {path: [] for path in todo}
         for index in np.ndindex(stack):
-            seen = Seen({tuple(todo): replicate(matrix[index], mesh)}, {p: fixed[p] for p in todo if p in fixed})
+            seen = CalibrationStats(
+                {tuple(todo): replicate(matrix[index], mesh)}, {p: fixed[p] for p in todo if p in fixed}
+            )
             names = {path: _indexed(path, index) for path in todo}
             one = {path: w[index] for path, w in weights.items()}
             for path, solved in quantize_linears(

@@ -15,10 +15,10 @@ from fpq_jax._matmul.fp4_kernel.fragments import Fragments
 from fpq_jax._matmul.linear import linears
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.qtensor import Axes, QTensor
-from fpq_jax._support.trees import dotted, is_array
-from fpq_jax._transform.axis_layout import Layout, Plan, Product, plan
-from fpq_jax._transform.interpreter import walk
-from fpq_jax._transform.tracked import Followed, Known, Place, Rules
+from fpq_jax._support.trees import is_array, path_name
+from fpq_jax._transform.axis_layout import Layout, MatmulForm, Product, matmul_form
+from fpq_jax._transform.interpreter import interpret
+from fpq_jax._transform.tracked import ParamRef, TraceScope, TrackedParam, UseHandler
 
 
 def quantized(apply_fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
@@ -40,7 +40,7 @@ def quantized(apply_fn: Callable[..., Any], *, strict: bool = False) -> Callable
             return apply_fn(*args, **kwargs)
         traced = Traced(apply_fn, args, kwargs)
         inputs = [kernel_of(one) if is_quantized(one.leaf) else one.leaf for one in traced.inputs]
-        return traced.result(walk(traced.jaxpr, inputs, Multiply(strict, told)).outputs)
+        return traced.result(interpret(traced.jaxpr, inputs, MultiplyQuantized(strict, told)).outputs)
 
     return wrapped
 
@@ -80,7 +80,7 @@ class Traced:
         """The function's result of the jaxpr's; a parameter that is returned as it came is the QTensor again."""
         values = list(self._out_static)
         for i, out in zip(self._out_dynamic, outputs, strict=True):
-            values[i] = out.value if isinstance(out, Followed) else out
+            values[i] = out.value if isinstance(out, TrackedParam) else out
         return jax.tree.unflatten(self._out_structure, values)
 
 
@@ -97,17 +97,19 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def kernel_of(one: Input) -> Followed:
+def kernel_of(one: Input) -> TrackedParam:
     """A QTensor at the beginning of its way."""
     axes = axes_of(one.leaf)
-    return Followed(one.leaf, Place(one.name), Layout.of(axes.shape(one.leaf.stack)), jnp.dtype(axes.dtype), axes)
+    return TrackedParam(
+        one.leaf, ParamRef(one.name), Layout.of(axes.shape(one.leaf.stack)), jnp.dtype(axes.dtype), axes
+    )
 
 
 def _input(path: tuple[Any, ...], leaf: Any) -> Input:
     group, where, *rest = path
     if group.idx == 1:
-        return Input(dotted(path[1:]), leaf, None)
-    name = dotted(rest)
+        return Input(path_name(path[1:]), leaf, None)
+    name = path_name(rest)
     if where.idx > 0 or not name:
         name = f"argument {where.idx}{'.' if name else ''}{name}"
     return Input(name, leaf, where.idx)
@@ -122,21 +124,21 @@ def _is_output(leaf: Any) -> bool:
     return is_traced(leaf) or isinstance(leaf, bool | int | float | complex)
 
 
-class Multiply(Rules):
-    """Rules that multiply QTensors with ``linear``."""
+class MultiplyQuantized(UseHandler):
+    """Multiplies QTensors with ``linear``."""
 
     def __init__(self, strict: bool, told: set[tuple[str, str]]):
         self._strict = strict
         self._told = told
 
     def product(
-        self, kernel: Followed, x: Any, product: Product, known: Known, bind: Callable[..., Any], dtype: Any
+        self, kernel: TrackedParam, x: Any, product: Product, scope: TraceScope, bind: Callable[..., Any], dtype: Any
     ) -> Any:
         assert kernel.axes is not None
-        how = plan(x.shape, kernel.layout, kernel.axes, product)
-        return None if how is None else how.of_result(_multiplied(x, kernel.value, how, known, dtype))
+        form = matmul_form(x.shape, kernel.layout, kernel.axes, product)
+        return None if form is None else form.of_result(_multiplied(x, kernel.value, form, scope, dtype))
 
-    def other(self, kernel: Followed, use: str) -> None:
+    def other(self, kernel: TrackedParam, use: str) -> None:
         if not kernel.quantized:
             return
         path = kernel.place.path
@@ -148,22 +150,22 @@ class Multiply(Rules):
             warnings.warn(f"{what}; it is dequantized there.", stacklevel=2)
 
 
-def arranged(x: Array, how: Plan, known: Known) -> Array:
+def arranged(x: Array, form: MatmulForm, scope: TraceScope) -> Array:
     """x as its product wants it, the same array for all products that want it so."""
-    kept = known.of_input(x, how.of_x)
+    kept = scope.of_input(x, form.of_x)
     if "x" not in kept:
-        kept["x"] = how.of_x(x)
+        kept["x"] = form.of_x(x)
     return kept["x"]
 
 
-def _multiplied(x: Array, q: QTensor | Fragments, how: Plan, known: Known, dtype: Any) -> Array:
+def _multiplied(x: Array, q: QTensor | Fragments, form: MatmulForm, scope: TraceScope, dtype: Any) -> Array:
     """``linear`` of x and each weight of a stack."""
-    x = arranged(x, how, known)
-    if not how.stack:
-        return linears(x, [(q, None)], dtype=dtype, shared=known.of_input(x, "tokens"))[0]
+    x = arranged(x, form, scope)
+    if not form.stack:
+        return linears(x, [(q, None)], dtype=dtype, shared=scope.of_input(x, "tokens"))[0]
     # of an axis that a reshape took apart, the parts
-    q = jax.tree.map(lambda a: a.reshape(*how.stack, *a.shape[len(q.stack) :]), replace(q, axes=None))
+    q = jax.tree.map(lambda a: a.reshape(*form.stack, *a.shape[len(q.stack) :]), replace(q, axes=None))
     multiply = lambda x, q: linears(x, [(q, None)], dtype=dtype)[0]
-    for shared in reversed(how.shared):
+    for shared in reversed(form.shared):
         multiply = jax.vmap(multiply, in_axes=(0 if shared else None, 0))
     return multiply(x, q)

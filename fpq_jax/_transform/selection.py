@@ -18,14 +18,14 @@ _UNKNOWN_AXES = (
 
 
 @dataclass(frozen=True)
-class Use:
+class ParamUse:
     """What a function does with a parameter of two or more axes.
 
-    axes: what each is, if it is the kernel of a product. why_not: why it is not one, or not only one; "" where it is.
+    axes: what each is, if it is the kernel of a product. reason: why it is not one, or not only one; "" where it is.
     """
 
     axes: Axes | None
-    why_not: str = ""
+    reason: str = ""
 
 
 class Chosen(NamedTuple):
@@ -52,7 +52,7 @@ def is_parameter(leaf: Any) -> bool:
 def select(
     recipe: Recipe,
     leaves: Mapping[str, Any],
-    uses: Mapping[str, Use] | None = None,
+    uses: Mapping[str, ParamUse] | None = None,
     prefix: str = "",
     lenient: bool = False,
 ) -> Selection:
@@ -69,8 +69,8 @@ def select(
             "further; collect them with these parameters."
         )
     found = {path: _unseen(path, leaf) if uses is None else uses[path] for path, leaf in arrays.items()}
-    axes = {path: use.axes for path, use in found.items() if use.axes is not None and not use.why_not}
-    left = {path: use.why_not for path, use in found.items() if use.why_not}
+    axes = {path: use.axes for path, use in found.items() if use.axes is not None and not use.reason}
+    left = {path: use.reason for path, use in found.items() if use.reason}
     chosen = dict.fromkeys(axes, recipe.default)
     for rule in recipe.rules:
         names = [prefix + path for path in leaves]
@@ -92,8 +92,8 @@ def select(
             continue  # it was done before
         if not meant:
             path = fitting[0]
-            why = left.get(path) or _why_not(leaves[path])
-            raise FpqError(f"Recipe {recipe.name}: {path}, which {rule.match!r} means, cannot be quantized: {why}.")
+            reason = left.get(path) or _reason(leaves[path])
+            raise FpqError(f"Recipe {recipe.name}: {path}, which {rule.match!r} means, cannot be quantized: {reason}.")
         chosen |= dict.fromkeys(meant, rule.change)
         left = {path: why for path, why in left.items() if path not in meant}
     if not chosen and not lenient and not any(is_quantized(leaf) for leaf in leaves.values()):
@@ -101,13 +101,13 @@ def select(
     return Selection({path: Chosen(what, axes[path]) for path, what in chosen.items()}, left)
 
 
-def _unseen(path: str, leaf: Any) -> Use:
+def _unseen(path: str, leaf: Any) -> ParamUse:
     """A parameter of which only the name is known."""
     if path.rpartition(".")[2] != "kernel":
-        return Use(None, "it is not called kernel, and no rule says its axes")
+        return ParamUse(None, "it is not called kernel, and no rule says its axes")
     if len(leaf.shape) == 2:
-        return Use(Axes.of(("in", "out"), leaf.shape, leaf.dtype))
-    return Use(None, _UNKNOWN_AXES.format(len(leaf.shape)))
+        return ParamUse(Axes.of(("in", "out"), leaf.shape, leaf.dtype))
+    return ParamUse(None, _UNKNOWN_AXES.format(len(leaf.shape)))
 
 
 def _axes(path: str, leaf: Any, kinds: Sequence[Any]) -> Axes:
@@ -116,7 +116,7 @@ def _axes(path: str, leaf: Any, kinds: Sequence[Any]) -> Axes:
     return Axes.of(kinds, leaf.shape, leaf.dtype)
 
 
-def _why_not(leaf: Any) -> str:
+def _reason(leaf: Any) -> str:
     if is_quantized(leaf):
         return "it is quantized already"
     if not hasattr(leaf, "dtype"):
@@ -127,4 +127,4 @@ def _why_not(leaf: Any) -> str:
 
 
 def _example(left: dict[str, str]) -> str:
-    return "".join(f": {path}, for instance, because {why}" for path, why in list(left.items())[:1])
+    return "".join(f": {path}, for instance, because {reason}" for path, reason in list(left.items())[:1])

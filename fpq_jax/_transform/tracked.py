@@ -1,4 +1,4 @@
-"""What is known of a parameter on its way through a function, and what rules do where it is used."""
+"""What is known of a parameter on its way through a function, and what is done where it is used."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from fpq_jax._numerics.qtensor import Axes, dequantize
 from fpq_jax._transform.axis_layout import Factor, Layout, Product, laid_out
 
 
-class Place(NamedTuple):
+class ParamRef(NamedTuple):
     """Which parameter, and which part of its stack. parts: by axis, (axis, start, stop). scans: of each scan over its
     stack that this is inside of, (which scan, where among the stack's axes the one is that it is over)."""
 
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     parts: tuple[tuple[int, int, int], ...] = ()
     scans: tuple[tuple[int, int], ...] = ()
 
-    def cut(self, axis: int, start: int, size: int) -> "Place":
+    def cut(self, axis: int, start: int, size: int) -> "ParamRef":
         """A part of what this is."""
         begins = {part[0]: part[1] for part in self.parts}
         first = begins.get(axis, 0) + start
@@ -30,19 +30,19 @@ class Place(NamedTuple):
         return self._replace(parts=tuple(sorted([*others, (axis, first, first + size)])))
 
 
-Together = tuple[Place, ...]
+SharedInput = tuple[ParamRef, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Followed:
+class TrackedParam:
     """A parameter on its way: a QTensor, which never moves, or an array, which is as ``layout`` says.
 
     axes: what the parameter's axes are, None while that is not known.
     """
 
     value: Any
-    place: Place = field(metadata={"static": True})
+    place: ParamRef = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     axes: Axes | None = field(default=None, metadata={"static": True})
@@ -68,7 +68,7 @@ class Followed:
         assert self.axes is not None
         return laid_out(dequantize(of_fragments(self.value), self.dtype), self.layout, self.axes)
 
-    def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "Followed":
+    def moved(self, layout: Layout, move: Callable[[Array], Array]) -> "TrackedParam":
         """With another layout, which ``move`` gives to an array."""
         return replace(self, layout=layout, value=self.value if self.quantized else move(self.value))
 
@@ -82,21 +82,21 @@ class Followed:
         return factors[0]
 
 
-class Rules:
+class UseHandler:
     """What is done where a followed parameter is used. records: whether ``product`` gives anything to record."""
 
     records = False
 
     def product(
-        self, kernel: Followed, x: Any, product: Product, known: "Known", bind: Callable[..., Any], dtype: Any
+        self, kernel: TrackedParam, x: Any, product: Product, scope: "TraceScope", bind: Callable[..., Any], dtype: Any
     ) -> Any:
         """The product's result in ``dtype``; ``bind``: of x and an array. None: it is not of inputs and a weight."""
         raise NotImplementedError
 
-    def other(self, kernel: Followed, use: str) -> None:
+    def other(self, kernel: TrackedParam, use: str) -> None:
         """It is used as an array."""
 
-    def part(self, kernel: Followed, axis: Factor, start: Any, size: int) -> Place:
+    def part(self, kernel: TrackedParam, axis: Factor, start: Any, size: int) -> ParamRef:
         """The place of what is cut out of its stack."""
         return kernel.place
 
@@ -107,18 +107,18 @@ Merge = Callable[[Array, Array], Array]
 class Site(NamedTuple):
     """What is recorded of an input, and the kernels that see it."""
 
-    places: list[Place]
+    places: list[ParamRef]
     value: Array
 
 
-class Known:
+class TraceScope:
     """What was computed at one level of a function, so that equal inputs are known to be one, and what was recorded."""
 
     def __init__(self, merge: Merge) -> None:
         self._merge = merge
         self._results: dict[Any, Any] = {}
         self._inputs: dict[Any, tuple[Any, dict[Any, Any]]] = {}
-        self._records: dict[Together, Array] = {}
+        self._records: dict[SharedInput, Array] = {}
         self._sites: list[Site] = []
         self._alive: list[Any] = []  # so that no id is used twice
 
@@ -139,11 +139,11 @@ class Known:
         self._sites.append(Site([], value))
         return self._sites[-1]
 
-    def record(self, places: Together, value: Array) -> None:
+    def record(self, places: SharedInput, value: Array) -> None:
         """A record of kernels; it merges with others of the same."""
         add(self._records, places, value, self._merge)
 
-    def records(self) -> dict[Together, Array]:
+    def records(self) -> dict[SharedInput, Array]:
         """All of them."""
         while self._sites:
             places, value = self._sites.pop()
@@ -156,7 +156,7 @@ def add(records: dict[Any, Array], key: Any, value: Array, merge: Merge) -> None
     records[key] = merge(records[key], value) if key in records else value
 
 
-def empty(shapes: dict[Together, Any], merge: Merge) -> dict[Together, Array]:
+def empty(shapes: dict[SharedInput, Any], merge: Merge) -> dict[SharedInput, Array]:
     """Records of these shapes that change nothing when they are merged."""
     neutral = 0 if merge is jnp.add else -jnp.inf
     return {places: jnp.full(shape.shape, neutral, shape.dtype) for places, shape in shapes.items()}

@@ -69,7 +69,7 @@ def compile_for_hopper(
         raise FpqError(f"capability is {capability!r}; it must be 9 or 8.")
     ours = jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, Fragments))
     if capability < 9 and any(isinstance(leaf, Fragments) for leaf in ours):
-        raise FpqError(f"Our own kernel is for capability 9, not {capability}; expand with load or step.")
+        raise FpqError(f"Our own kernel is for capability 9, not {capability}; use weights fp8 or packed.")
     static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
     where = _on_hoppers([a for i, a in enumerate(arguments) if i not in static], capability)
     abstract = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf))

@@ -15,7 +15,7 @@ from fpq_jax import Generator, QuantSpec, dequantize, gptq, hessian, linear, loa
 from fpq_jax._algorithms.output_error import output_error
 from fpq_jax._checkpoints.demo import demo_model_path
 from fpq_jax._matmul.products import product_kind
-from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax._numerics.activations import fake_quantize_tokens, quantize_tokens
 from fpq_jax._numerics.formats import E4M3, INT8_ASYM
 from fpq_jax.debug import Program
@@ -105,7 +105,7 @@ def _linears(check: Check, sizes: Sizes) -> None:
             x = _operands(tokens)[0]
             expected[name, tokens] = _on_cpu(lambda x, q, spec=spec: _plain(x, q, spec), x, q)
             jobs += [
-                (f"{name} {form}, {tokens} tokens", (name, tokens), x, resident(q, form)) for form in ("load", "step")
+                (f"{name} {form}, {tokens} tokens", (name, tokens), x, to_layout(q, form)) for form in ("fp8", "packed")
             ]
     for (what, at, x, held), program in compiled_in_parallel(jobs, lambda job: _compiled(job[2], job[3])):
         if isinstance(program, Exception):
@@ -115,7 +115,7 @@ def _linears(check: Check, sizes: Sizes) -> None:
             check(f"{what}: FP8 products", len(Program.of(program).matmuls("fp8_matmul")), 1, at_least=True)
     x, w = _operands(64, *sizes.checked_linear)
     q = jax.jit(lambda w: lorc(w, quantize_array(w, SPECS["W8A8"]), rank=RANK))(w)
-    exact, held = _on_cpu(lambda x, q: _plain(x, q, SPECS["W8A8"]), x, q), resident(q, "load")
+    exact, held = _on_cpu(lambda x, q: _plain(x, q, SPECS["W8A8"]), x, q), to_layout(q, "fp8")
     check("W8A8, a real size, fast accumulation", _difference(_compiled(x, held)(x, held), exact), 1e-2)
     with jax.default_matmul_precision("highest"):
         check("W8A8, a real size, precision highest", _difference(_compiled(x, held)(x, held), exact), 1e-3)
@@ -169,7 +169,7 @@ def _model(check: Check, sizes: Sizes) -> None:
             generator = Generator(prepare(model))
             together = generator(prompts, max_new_tokens=12).tokens
             alone = [generator([prompt], max_new_tokens=12).tokens[0] for prompt in prompts]
-            packed = Generator(prepare(model, "step"))(prompts, max_new_tokens=12).tokens
+            packed = Generator(prepare(model, "packed"))(prompts, max_new_tokens=12).tokens
         check(
             f"{what}: share of a batch's tokens that are the same alone", _equal(together, alone), least, at_least=True
         )

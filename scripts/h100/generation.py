@@ -30,18 +30,18 @@ from fpq_jax.models.llama import Llama, LlamaConfig
 from fpq_jax.models.parameters import abstract_model, params_of, with_params
 
 W8A8 = QuantSpec(format="e4m3", group_size="channel")
-# name -> (weights, LoRC's rank, residency)
+# name -> (weights, LoRC's rank, layout)
 VARIANTS = {
-    "bf16": (None, 0, "load"),
-    "W4A8 + LoRC load": ("m2", 8, "load"),
-    "W4A8 + LoRC load, FP8 cache": ("m2", 8, "load"),
-    "W8A8": (W8A8, 0, "load"),
-    "W4A8 step": ("m2", 0, "step"),
-    "W4A8 load": ("m2", 0, "load"),
-    "W4A8 kernel": ("m2", 0, "kernel"),
+    "bf16": (None, 0, "fp8"),
+    "W4A8 + LoRC fp8": ("m2", 8, "fp8"),
+    "W4A8 + LoRC fp8, FP8 cache": ("m2", 8, "fp8"),
+    "W8A8": (W8A8, 0, "fp8"),
+    "W4A8 packed": ("m2", 0, "packed"),
+    "W4A8 fp8": ("m2", 0, "fp8"),
+    "W4A8 fragments": ("m2", 0, "fragments"),
 }
 # the kernel's is measured with the kernel
-MEASURED = [variant for variant in VARIANTS if variant != "W4A8 kernel"]
+MEASURED = [variant for variant in VARIANTS if variant != "W4A8 fragments"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Case:
         new = self.batch * self.tokens
         hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         linears, head = layers * (4 * hidden**2 + 3 * hidden * ffn), hidden * config.vocab_size
-        bytes_ = linears * {"bf16": 2, "W4A8 step": 0.5, "W4A8 kernel": 0.5}.get(self.variant, 1) + 2 * head
+        bytes_ = linears * {"bf16": 2, "W4A8 packed": 0.5, "W4A8 fragments": 0.5}.get(self.variant, 1) + 2 * head
         if self.tokens == 1:
             # keys and values of every slot, and an FP8 cache's scales of heads of 128
             bytes_ += 2 * (1 + 4 / 128 if self.fp8_cache else 2) * self.batch * self.slots * hidden * layers
@@ -170,8 +170,8 @@ def measured(
 
 def random_model(config: LlamaConfig, variant: str, group_size: int) -> Any:
     """A prepared model of a variant with random weights, made on the device."""
-    weights, rank, expand = VARIANTS[variant]
-    spec = QuantSpec(constraint="m2", group_size=group_size) if weights == "m2" else weights
+    spec_name, rank, layout = VARIANTS[variant]
+    spec = QuantSpec(constraint="m2", group_size=group_size) if spec_name == "m2" else spec_name
     model = abstract_model(Llama, config, jnp.bfloat16)
 
     def stored(w: Any) -> Any:
@@ -185,7 +185,7 @@ def random_model(config: LlamaConfig, variant: str, group_size: int) -> Any:
             if leaf.shape not in shapes:
                 shapes[leaf.shape] = jax.eval_shape(stored, leaf)
             params[path] = shapes[leaf.shape]
-    return prepare(with_params(model, filled(params)), expand)
+    return prepare(with_params(model, filled(params)), layout)
 
 
 def _arguments(model: Any, case: Case) -> tuple[Any, ...]:

@@ -36,8 +36,8 @@ from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, group_len
 from fpq_jax._matmul.fp4_kernel.matmul import matmul
 from fpq_jax._matmul.fp4_kernel.schedule import schedule_for
 
-LINEARS = ("bf16", "W4A8 load", "W4A8 kernel", "W4A8 kernel alone", "torch bf16", "torch scaled_mm")
-MODELS = ("W4A8 kernel", "bf16")  # the others are in the part generation
+LINEARS = ("bf16", "W4A8 fp8", "W4A8 fragments", "W4A8 fragments alone", "torch bf16", "torch scaled_mm")
+MODELS = ("W4A8 fragments", "bf16")  # the others are in the part generation
 TILES = ((2, 8), (2, 4), (4, 4), (4, 3))  # (warpgroups, steps in flight) to choose from for _schedule.py
 _FORMATS = ("e2m1", "e3m0", "int4")
 _GROUPS = (256, 64, 32, 128, 512, 96, "channel")
@@ -113,15 +113,15 @@ def _linears_table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for at, found in lines.items():
         seconds = {variant: found.get(variant, {}).get("seconds") for variant in LINEARS}
-        alone = found.get("W4A8 kernel alone", {})
+        alone = found.get("W4A8 fragments alone", {})
         share = alone.get("share_of_measured_ceiling")
         cells.append(
             [
                 *map(str, at),
                 time_text(alone.get("floor_seconds")),
                 *map(time_text, seconds.values()),
-                ratio_text(seconds["W4A8 load"], seconds["W4A8 kernel"]),
-                ratio_text(seconds["bf16"], seconds["W4A8 kernel"]),
+                ratio_text(seconds["W4A8 fp8"], seconds["W4A8 fragments"]),
+                ratio_text(seconds["bf16"], seconds["W4A8 fragments"]),
                 "-" if share is None else f"{100 * share:.0f} %",
             ]
         )

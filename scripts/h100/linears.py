@@ -32,12 +32,12 @@ from h100.common import (
 
 from fpq_jax import QuantSpec, linear, quantize_array
 from fpq_jax._matmul.fp4_kernel.matmul import matmul
-from fpq_jax._matmul.weight_layouts import resident
+from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax.debug import Program
 
-_PACKED = dict.fromkeys(("W4A8 step", "W4A8 kernel", "W4A8 kernel alone"), 0.5)  # bytes a weight
-_FORMS = {"W4A8 step": "step", "W4A8 kernel": "kernel", "W4A8 kernel alone": "kernel"}
-VARIANTS = ("bf16", "W8A8", "W4A8 load", "W4A8 step")
+_PACKED = dict.fromkeys(("W4A8 packed", "W4A8 fragments", "W4A8 fragments alone"), 0.5)  # bytes a weight
+_LAYOUTS = {"W4A8 packed": "packed", "W4A8 fragments": "fragments", "W4A8 fragments alone": "fragments"}
+VARIANTS = ("bf16", "W8A8", "W4A8 fp8", "W4A8 packed")
 TORCH_VARIANTS = ("torch bf16", "torch scaled_mm", "torch scaled_mm + quantize")
 
 
@@ -162,7 +162,7 @@ def _weights(variant: str, shape: tuple[int, int], count: int, group_size: int) 
     w8 = QuantSpec(format="e4m3", group_size="channel")
     spec = w8 if variant == "W8A8" else QuantSpec(constraint="m2", group_size=group_size)
     stored = jax.eval_shape(lambda w: quantize_array(w, spec), jax.ShapeDtypeStruct(shape, jnp.float32))
-    return [resident(filled(stored, 10 * i), _FORMS.get(variant, "load")) for i in range(count)]
+    return [to_layout(filled(stored, 10 * i), _LAYOUTS.get(variant, "fp8")) for i in range(count)]
 
 
 def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[str, float]) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[
 
     def compile_(case: Case) -> Any:
         xs, product = inputs[case.tokens], linear
-        if case.variant == "W4A8 kernel alone":
+        if case.variant == "W4A8 fragments alone":
             xs, product = [x.astype(jnp.float8_e4m3fn) for x in xs], matmul
         one = jax.jit(product)  # traced once for all pairs
         multiply = jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
@@ -191,7 +191,7 @@ def _run_shape(together: list[Case], sizes: Sizes, clock: Clock, ceilings: dict[
             rows.append(case.row(None, ceilings, note="out of time"))
             continue
         xs = inputs[case.tokens]
-        if case.variant == "W4A8 kernel alone":
+        if case.variant == "W4A8 fragments alone":
             xs = [x.astype(jnp.float8_e4m3fn) for x in xs]
         ws = weights[case.variant][: len(xs)]
         try:

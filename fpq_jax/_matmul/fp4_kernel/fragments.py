@@ -81,8 +81,8 @@ def fragments(q: QTensor) -> Fragments:
     length = group_length(q.spec, in_features)
     if length is not None and length < _LEAST_GROUP:
         raise FpqError(
-            f"The kernel takes groups of a multiple of {_LEAST_GROUP} inputs, not of {q.spec.group_size}; expand "
-            "with load or step."
+            f"The kernel takes groups of a multiple of {_LEAST_GROUP} inputs, not of {q.spec.group_size}; use "
+            "weights fp8 or packed."
         )
     scale = q.group_scale if q.exponents is None else q.exponents
     if scale is not None and length is not None:

@@ -19,14 +19,14 @@ def check_device() -> None:
     if device.platform == "cpu" or (device.platform == "gpu" and str(device.compute_capability) == _HOPPER):
         return
     raise FpqError(
-        f"The kernel is for Hopper (H100, H200), and this is {device.device_kind}; expand with load or step."
+        f"The kernel is for Hopper (H100, H200), and this is {device.device_kind}; use weights fp8 or packed."
     )
 
 
 def notice() -> str:
     """What a person who asked for the kernel is to know."""
     where = "" if jax.devices()[0].platform == "gpu" else ", and on this machine plain JAX computes what it would"
-    return f"expand kernel: the kernel is compiled and checked for Hopper but not yet measured on a GPU{where}."
+    return f"weights fragments: the kernel is compiled and checked for Hopper but not yet measured on a GPU{where}."
 
 
 def matmul(x: Shaped[Array, "m in"], f: Fragments, schedule: Schedule | None = None) -> Float[Array, "m out"]:

@@ -93,11 +93,13 @@ def _positions(x):
 
 
 def _observed(layer, hidden, positions, todo):
-    from fpq_jax._matmul.linear import Observed
+    from fpq_jax._matmul.linear import RecordingKernel
     from fpq_jax.models.parameters import with_params
 
     kernels = params_of(layer)
-    observed = {path: Observed(kernels[path], r.spec.activation, lambda x, seen: None) for path, r in todo.items()}
+    observed = {
+        path: RecordingKernel(kernels[path], r.spec.activation, lambda x, seen: None) for path, r in todo.items()
+    }
     return with_params(layer, observed)(hidden, positions)[0]
 
 
@@ -166,7 +168,7 @@ def test_every_kind_of_tree(kind, tmp_path):
         for a, b in zip(*(filter(is_leaf, jax.tree.leaves(t, is_leaf=is_leaf)) for t in (plain, rounded)), strict=True)
     ]
     assert all(differ)
-    for ready in (fpq.expand_params(small, "load"), fpq.expand_params(small, "step")):
+    for ready in (fpq.expand_params(small, "fp8"), fpq.expand_params(small, "packed")):
         np.testing.assert_allclose(run(ready), got, rtol=1e-6, atol=1e-6)
     fpq.save(tmp_path / "tree", small)
     loaded = fpq.load(tmp_path / "tree", like=params)

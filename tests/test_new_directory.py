@@ -1,4 +1,4 @@
-"""Folders that appear whole, beside what others write or have left (see also test_checkpoint.py)."""
+"""Folders that appear whole, beside what others write or have left (see also test_load_save.py)."""
 
 import os
 import time

@@ -19,7 +19,7 @@ from conftest import TINY_CONFIG, random_tensors, write_checkpoint
 from jax.experimental.compilation_cache import compilation_cache
 
 from fpq_jax import FpqError, QTensor, load, quantize
-from fpq_jax._checkpoints.run_progress import Unfinished
+from fpq_jax._checkpoints.run_progress import RunProgress
 from fpq_jax._support.compile_cache import kept_programs
 from fpq_jax.models.parameters import params_of
 
@@ -108,7 +108,7 @@ def test_killed_at_twenty_random_moments(work):
 def half_done(work):
     """The progress of a run that was stopped behind its second layer."""
     shutil.rmtree(work / "half.unfinished", ignore_errors=True)
-    stop = Unfinished.write
+    stop = RunProgress.write
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
         def write(self, name, params, **told):
@@ -116,7 +116,7 @@ def half_done(work):
                 raise KeyboardInterrupt
             stop(self, name, params, **told)
 
-        patch.setattr(Unfinished, "write", write)
+        patch.setattr(RunProgress, "write", write)
         quantize.main(options(work, "half"))
     yield work / "half.unfinished"
     shutil.rmtree(work / "half", ignore_errors=True)
@@ -219,7 +219,7 @@ def test_every_progress_file_damaged_in_turn(work, half_done, monkeypatch):
             else:
                 at = len(whole) // 2
                 (half_done / file).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            store = Unfinished(work / "half", facts)
+            store = RunProgress(work / "half", facts)
             store.close()
             lost = {"embedding", "layers.0", "layers.1"} - set(store.parts)
             part = file.stem if file.parts[0] == "progress" else file.parts[2] if file.parts[0] == "model" else None
@@ -287,11 +287,11 @@ def test_another_model_version_or_tokenizer_is_refused(work, half_done, tmp_path
 
 def test_two_runs_of_one_job_at_once_are_refused(work, half_done):
     facts = json.loads((half_done / "job.json").read_text())["value"]
-    first = Unfinished(work / "half", facts)
+    first = RunProgress(work / "half", facts)
     with pytest.raises(FpqError, match="Another process is working on"):
         quantize.main(options(work, "half"))
     first.close()
-    Unfinished(work / "half", facts).close()
+    RunProgress(work / "half", facts).close()
 
 
 def test_an_unfinished_run_is_no_model(work, half_done):

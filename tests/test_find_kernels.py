@@ -53,7 +53,7 @@ def test_axes_and_reasons():
         "listed": ("stack", "in", "out"),
         "tied": ("in", "out"),
     }
-    why = {name: use.why_not for name, use in uses.items() if use.why_not}
+    why = {name: use.reason for name, use in uses.items() if use.reason}
     assert why.keys() == uses.keys() - kinds.keys() | {"tied"}
     assert why["table"] == "it is used by gather, not in a product"
     assert why["conv"] == "it is used by conv_general_dilated, not in a product"

@@ -72,7 +72,7 @@ def test_every_leaf_comes_back_as_it_was(tmp_path, quantized):
 def test_expanded_is_the_same_model_without_unpacking(tmp_path, quantized):
     save(tmp_path / "out", quantized)
     tokens = jnp.arange(20)[None]
-    model = load(tmp_path / "out", expand="load")
+    model = load(tmp_path / "out", weights="fp8")
     np.testing.assert_array_equal(model(tokens), load(tmp_path / "out")(tokens))
     assert stored_bytes(params_of(model)) > stored_bytes(params_of(quantized))
 

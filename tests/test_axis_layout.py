@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fpq_jax import Axes
-from fpq_jax._transform.axis_layout import Layout, Product, laid_out, plan, to_kernel
+from fpq_jax._transform.axis_layout import Layout, Product, laid_out, matmul_form, to_kernel
 
 
 def _factors_of(array, shape):
@@ -84,13 +84,13 @@ def test_a_plan_makes_any_product_one_of_matrices(x, w, kinds, numbers, kernel_f
     expected = jax.lax.dot_general(*((w, x) if kernel_first else (x, w)), numbers)
     axes = Axes.of(kinds, w.shape, "float32")
     product = Product.of(numbers, kernel_first)
-    how = plan(x.shape, Layout.of(w.shape), axes, product)
-    rows, kernel = how.of_x(jnp.asarray(x)), to_kernel(jnp.asarray(w), axes)
+    form = matmul_form(x.shape, Layout.of(w.shape), axes, product)
+    rows, kernel = form.of_x(jnp.asarray(x)), to_kernel(jnp.asarray(w), axes)
     multiply = lambda x, w: x @ w
-    for shared in reversed(how.shared):
+    for shared in reversed(form.shared):
         multiply = jax.vmap(multiply, in_axes=(0 if shared else None, 0))
-    np.testing.assert_allclose(how.of_result(multiply(rows, kernel)), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(how.of_x.undone(rows, x.shape), x)
+    np.testing.assert_allclose(form.of_result(multiply(rows, kernel)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(form.of_x.undone(rows, x.shape), x)
     found = product.kinds(Layout.of(w.shape))
     assert [found[i] if kind != "stack" else "stack" for i, kind in enumerate(kinds)] == list(kinds)
 
@@ -98,7 +98,7 @@ def test_a_plan_makes_any_product_one_of_matrices(x, w, kinds, numbers, kernel_f
 def test_products_over_anything_but_the_inputs_have_no_plan():
     axes = Axes.of(("in", "out"), (6, 7), "float32")
     over_outputs = Product.of((((1,), (1,)), ((), ())), False)
-    assert plan((5, 7), Layout.of((6, 7)), axes, over_outputs) is None
+    assert matmul_form((5, 7), Layout.of((6, 7)), axes, over_outputs) is None
     split = Layout.of((6, 7)).reshaped((2, 3, 7))
-    assert plan((5, 3), split, axes, Product.of((((1,), (1,)), ((), ())), False)) is None
+    assert matmul_form((5, 3), split, axes, Product.of((((1,), (1,)), ((), ())), False)) is None
     assert Product.of((((1,), (1,)), ((), ())), False).kinds(split) is None

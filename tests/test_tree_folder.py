@@ -53,8 +53,8 @@ def test_what_does_not_fit_is_said(tmp_path, tiny_llama):
         fpq.save(folder, small)
     with error("holds a tree; say its structure"):
         fpq.load(folder)
-    with error("to which expand does not apply"):
-        fpq.load(folder, like=_params, expand="load")
+    with error("to which weights does not apply"):
+        fpq.load(folder, like=_params, weights="fp8")
     with error(r"layers.1.kernel has shape \(12, 8\) there and \(8, 12\) in the tree"):
         fpq.load(folder, like={**_params(), "layers": [{"kernel": _normal(1, 16, 12)}, {"kernel": _normal(2, 8, 12)}]})
     with error("does not fit the tree: bias is not in it|it has bias"):

@@ -7,7 +7,7 @@ import pytest
 
 from fpq_jax import FpqError, QuantSpec, dequantize, linear, lorc, quantize_array
 from fpq_jax._matmul.linear import linears
-from fpq_jax._matmul.weight_layouts import check_residency, resident
+from fpq_jax._matmul.weight_layouts import check_layout, to_layout
 from fpq_jax._numerics.concatenate import can_concatenate, concatenate
 
 SPECS = [
@@ -82,22 +82,22 @@ def test_both_residencies_are_the_weight_and_multiply_alike(spec):
     x = jnp.asarray(np.random.default_rng(9).standard_normal((3, 100)), jnp.float32)
     q = several(spec)[0]
     multiply = jax.jit(linear)
-    load, step = resident(q, "load"), resident(q, "step")
-    for form in (load, step):
+    fp8, packed = to_layout(q, "fp8"), to_layout(q, "packed")
+    for form in (fp8, packed):
         np.testing.assert_array_equal(dequantize(form), dequantize(q))
         np.testing.assert_array_equal(multiply(x, form), multiply(x, q))
     if spec == SPECS[0]:
         # 100 inputs and 24 outputs, padded to multiples of 16
-        assert load.codes.shape == (32, 112) and load.codes.dtype == jnp.float8_e4m3fn and load.exponents is None
-        assert step is q
+        assert fp8.codes.shape == (32, 112) and fp8.codes.dtype == jnp.float8_e4m3fn and fp8.exponents is None
+        assert packed is q
 
 
 def test_arrays_and_unknown_residencies():
     w = weight(3)
-    assert resident(w, "load") is w
+    assert to_layout(w, "fp8") is w
     for name in ("later", None, 3):
-        with pytest.raises(FpqError, match="it must be load, step or kernel"):
-            check_residency(name)
+        with pytest.raises(FpqError, match="it must be fp8, packed or fragments"):
+            check_layout(name)
 
 
 def test_one_input_is_quantized_once_for_all_that_take_it_alike():
