@@ -2,13 +2,11 @@
 
 By outputs: query, key, value, gate, up, the first of OPT's two, and the head; a device has whole heads and its own part
 of the vocabulary, and nothing is sent. By inputs: what takes these; its products are sums that all devices add up. A
-model class says which in DIVIDED. Codes, scales, exponents and LoRC's factors go where their outputs or inputs go.
-What no rule names is on every device, and so is what cannot be cut there: a vocabulary that the axis does not divide,
-packed codes where a byte would be, scales where a group would be.
+model class says which in DIVIDED. What it does not name is on every device, and so is a vocabulary that the axis does
+not divide.
 """
 
 import re
-from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -17,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._numerics.qtensor_sharding import qtensor_specs
 from fpq_jax._support.mesh import MODEL, check_mesh
 from fpq_jax._support.trees import Flat
 
 Division = Literal["outputs", "inputs"]
-_WHOLE = P()
 
 
 def shardings(model_class: Any, config: Any, params: Flat, mesh: Mesh | AbstractMesh) -> Flat:
@@ -56,41 +54,19 @@ def division(model_class: Any, name: str) -> Division | None:
 def sharding(model_class: Any, path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The NamedSharding of one parameter, or a QTensor of them."""
     *_, module, part = ("", *path.split("."))
-    specs = _specs(leaf, part, division(model_class, module), mesh.shape[MODEL])
+    specs = _specs(leaf, part, division(model_class, module), mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def _specs(leaf: Any, part: str, how: Division | None, devices: int) -> Any:
+def _specs(leaf: Any, part: str, how: Division | None, mesh: Mesh | AbstractMesh) -> Any:
+    devices = mesh.shape[MODEL]
     if isinstance(leaf, QTensor):
-        if how == "outputs" and leaf.shape[1] % devices == 0:
-            return _by_outputs(leaf)
-        if how == "inputs" and leaf.shape[0] % devices == 0:
-            return _by_inputs(leaf, devices)
-        return jax.tree.map(lambda _: _WHOLE, leaf)
+        axis = {"inputs": 0, "outputs": 1}.get(how or "")
+        if how is None or axis is None or leaf.shape[axis] % devices:
+            return qtensor_specs(leaf, mesh)
+        return qtensor_specs(leaf, mesh, **{how: MODEL})
     # the dimension of outputs is a kernel's second, and a table's or a bias's first; all devices add an input's bias
-    axis: int | None = {"outputs": int(part == "kernel"), "inputs": 0 if part == "kernel" else None}.get(how or "")
+    axis = {"outputs": int(part == "kernel"), "inputs": 0 if part == "kernel" else None}.get(how or "")
     if axis is None or leaf.shape[axis] % devices:
-        return _WHOLE
+        return P()
     return P(*(None,) * axis, MODEL)
-
-
-def _by_outputs(q: QTensor) -> QTensor:
-    # what has one row is for all outputs: the scale of a whole tensor
-    rows: QTensor = jax.tree.map(lambda a: P(MODEL) if a.ndim == 2 and a.shape[0] > 1 else _WHOLE, q)
-    if rows.low_rank is None:
-        return rows
-    return replace(rows, low_rank=replace(rows.low_rank, a=_WHOLE, b=P(None, MODEL)))
-
-
-def _by_inputs(q: QTensor, devices: int) -> QTensor:
-    inputs, columns = q.shape[0] // devices, P(None, MODEL)
-    of_groups = columns if inputs % q.spec.group_length(q.shape[0]) == 0 else _WHOLE
-    whole: QTensor = jax.tree.map(lambda _: _WHOLE, q)
-    return replace(
-        whole,
-        codes=_WHOLE if q.spec.format.packed and inputs % 2 else columns,
-        exponents=None if q.exponents is None else of_groups,
-        group_scale=None if q.group_scale is None else of_groups,
-        zero=None if q.zero is None else of_groups,
-        low_rank=None if whole.low_rank is None else replace(whole.low_rank, a=P(MODEL)),
-    )

@@ -22,10 +22,11 @@ from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import copy_sidecars
 from fpq_jax._checkpoints.sources import open_original, resolve_model
 from fpq_jax._errors import FpqError
-from fpq_jax._matmul.linear import RecordingKernel
+from fpq_jax._numerics.qtensor import Axes
 from fpq_jax._support.console import console, run_command
 from fpq_jax._support.new_directory import check_output, new_directory
 from fpq_jax._support.trees import Flat
+from fpq_jax._transform.recorder import RecordedKernel, Recorder
 from fpq_jax.models.llama import Llama
 from fpq_jax.models.opt import Opt
 from fpq_jax.models.parameters import abstract_model, to_hf_tensors, with_params
@@ -144,19 +145,17 @@ def _logits_and_peak(checkpoint: HfCheckpoint, params: Flat) -> tuple[np.ndarray
     norms' outputs."""
     config = checkpoint.model_config
     length = min(_CHECKED_TOKENS, config.max_position_embeddings)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
-    peaks = []
-
-    def record(x: jax.Array, _: jax.Array) -> None:
-        absmax = jnp.abs(x).max(axis=(0, 1))
-        peaks.append(float(absmax.max() / jnp.median(absmax)))
-
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, length)))
     leaves: Flat = {path: jnp.asarray(value) for path, value in params.items()}
+    apply = lambda params, tokens: with_params(abstract_model(checkpoint.model_class, config), params)(tokens)
     readers = [path for path in leaves if re.fullmatch(_READERS[checkpoint.model_class], path)]
-    observed = {path: RecordingKernel(leaves[path], None, record) for path in readers}
-    model = with_params(abstract_model(checkpoint.model_class, config), leaves | observed)
+    of = lambda leaf: RecordedKernel(Axes.of(("in", "out"), leaf.shape, leaf.dtype), None, "token")
+    recorder, arrays = Recorder.of(apply, leaves, {path: of(leaves[path]) for path in readers})
     with jax.default_matmul_precision("highest"):  # some accelerators multiply float32 in fewer bits
-        return np.asarray(model(jnp.asarray(tokens))), max(peaks)
+        inputs = recorder.inputs(arrays, {}, (tokens,)).values()
+        logits = np.asarray(apply(leaves, tokens))
+    absmax = [jnp.abs(x).max(axis=(0, 1)) for x in inputs]
+    return logits, max(float(one.max() / jnp.median(one)) for one in absmax)
 
 
 def _write(folder: Path, checkpoint: HfCheckpoint, params: Flat) -> None:

@@ -139,7 +139,7 @@ def test_kernels_of_one_input_share_a_hessian():
         return [cast.astype(jnp.float32) @ p[name] for name in "qkv"] + [x @ p["o"]]
 
     found = fpq.collect_hessians(apply, dict.fromkeys("qkvo", W), BATCHES, AS_THEY_ARE)
-    assert list(found.by_input) == [("k", "q", "v"), ("o",)]
+    assert list(found.stats.inputs) == [("k", "q", "v"), ("o",)]
     assert found["q"] is found["v"] and len(found) == 4
 
 
@@ -158,8 +158,8 @@ def test_static_scales_are_of_the_inputs_as_they_are():
     params = {"a": W, "b": W}
     found = fpq.collect_hessians(apply, params, iter(BATCHES), recipe)
     largest = max(float(jnp.abs(x).max()) for x in BATCHES)
-    assert set(found.fixed) == {"a"}
-    np.testing.assert_allclose(found.fixed["a"].scale, [largest / 448], rtol=1e-6)
+    assert set(found.stats.static_scales) == {"a"}
+    np.testing.assert_allclose(found.stats.static_scales["a"].scale, [largest / 448], rtol=1e-6)
     q = fpq.quantize_params(params, recipe, found)
     np.testing.assert_allclose(q["a"].input_scale, [largest / 448], rtol=1e-6)
     with pytest.raises(fpq.FpqError, match="s is a stack of kernels"):

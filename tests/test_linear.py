@@ -18,10 +18,9 @@ from fpq_jax import (
     quantize_array,
     quantize_tokens,
 )
-from fpq_jax._matmul.linear import RecordingKernel, RowParallelKernel
+from fpq_jax._matmul.linear import RowParallelKernel
 from fpq_jax._matmul.products import product_kind, static_scale
 from fpq_jax._matmul.weight_layouts import to_layout
-from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._numerics.scales import range_scale
 
 SPECS = {
@@ -216,15 +215,6 @@ def test_zero_tiny_and_huge_tokens_give_finite_outputs(name):
         y = linear(jnp.full((2, 100), value), q)
         assert np.isfinite(np.asarray(y)).all()
     assert (np.asarray(linear(jnp.zeros((2, 100)), q)) == 0).all()
-
-
-def test_an_observed_kernel_multiplies_and_records_the_quantized_input():
-    x, w, bias = operands()
-    seen = []
-    y = linear(x, RecordingKernel(w, E4M3, lambda raw, quantized: seen.append((raw, quantized))), bias)
-    assert seen[0][0] is x
-    np.testing.assert_array_equal(seen[0][1], fake_quantize_tokens(x, E4M3))
-    np.testing.assert_allclose(y, seen[0][1] @ w + bias, rtol=1e-6)
 
 
 def test_gradients_reach_the_input_of_a_plain_kernel():

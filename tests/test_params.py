@@ -11,12 +11,15 @@ from flax import linen, nnx
 
 import fpq_jax as fpq
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._pipeline.batches import Batches
-from fpq_jax._pipeline.calibration import activations_of, calibrate
+from fpq_jax._pipeline.calibration import Stream, calibrate, recorded_kernels
 from fpq_jax._pipeline.quantize_layers import linears, quantize_checkpoint
 from fpq_jax._support.mesh import make_mesh
+from fpq_jax._support.placement import replicate
 from fpq_jax._support.trees import named_leaves
 from fpq_jax.models.parameters import params_of
+from fpq_jax.models.spec import ModelSpec
 
 LORC = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(16)
 PLAIN = fpq.Recipe.load("w4a8-fp-m2").with_group_size(16)
@@ -46,7 +49,7 @@ def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_lla
     apply, params = _llama(tiny_llama)
     general = recipe.with_rule("lm_head*", quantize=False)
     hessians = fpq.collect_hessians(apply, params, [windows[:4], windows[4:]], general)
-    assert tuple(f"layers.0.self_attn.{name}_proj.kernel" for name in "kqv") in hessians.by_input
+    assert tuple(f"layers.0.self_attn.{name}_proj.kernel" for name in "kqv") in hessians.stats.inputs
     # the first layer's inputs depend on nothing quantized
     model, mesh = fpq.load(tiny_llama, dtype=jnp.float32), make_mesh()
     positions = jnp.broadcast_to(jnp.arange(32), windows.shape)
@@ -59,12 +62,15 @@ def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_lla
         todo = {path.removeprefix(f"layers.{i}."): recipes[name] for path, name in own.items()}
         batches = Batches.of(windows, mesh, 4)
         rows = [np.asarray(hidden[:4]), np.asarray(hidden[4:])]
-        seen = calibrate(layer, activations_of(todo), rows, batches)
-        for together, matrix in seen.hessians.items():
-            mean = hessians[f"layers.{i}.{together[0]}"] / windows.size
-            np.testing.assert_allclose(mean, matrix, atol=1e-5 * float(jnp.abs(matrix).max()))
+        spec = ModelSpec(checkpoint.model_class, checkpoint.model_config, np.dtype(np.float32))
+        stream = Stream(replicate(params_of(layer), mesh), rows)
+        stats = calibrate(spec, stream, recorded_kernels(todo, stream.params), batches)
+        for paths, (matrix, count, _) in stats.inputs.items():
+            assert count == windows.size
+            largest = float(jnp.abs(matrix).max())
+            np.testing.assert_allclose(hessians[f"layers.{i}.{paths[0]}"], matrix, atol=1e-5 * largest)
         # not sequentially: through the layer as it is, with activations quantized, as collect_hessians does it
-        hidden = _observed(layer, hidden, positions, todo)
+        hidden = _with_quantized_activations(layer, hidden, positions)
     first = [name for name in names if name.startswith("layers.0.")]
     assert len(first) == 7
     for name in first:
@@ -92,15 +98,12 @@ def _positions(x):
     return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
 
-def _observed(layer, hidden, positions, todo):
-    from fpq_jax._matmul.linear import RecordingKernel
-    from fpq_jax.models.parameters import with_params
-
-    kernels = params_of(layer)
-    observed = {
-        path: RecordingKernel(kernels[path], r.spec.activation, lambda x, seen: None) for path, r in todo.items()
-    }
-    return with_params(layer, observed)(hidden, positions)[0]
+def _with_quantized_activations(layer, hidden, positions):
+    linears = lambda x, weights: [fake_quantize_tokens(x, fpq.E4M3) @ kernel for kernel, _ in weights]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fpq_jax.models.layers.linears", linears)
+        patch.setattr("fpq_jax.models.layers.linear", lambda x, kernel, bias: linears(x, [(kernel, bias)])[0])
+        return layer(hidden, positions)[0]
 
 
 class Dense(linen.Module):

@@ -84,15 +84,15 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     quantized(checkpoint, mixed, windows, first_layer=first_layer)
     q_name, *others = names
     (seen,) = first_layer.values()
-    assert q_name in seen.fixed and not any(name in seen.fixed for name in others)
-    own, shared = seen.hessians[(q_name,)], seen.hessians[tuple(others)]
+    assert q_name in seen.static_scales and not any(name in seen.static_scales for name in others)
+    own, shared = seen.inputs[(q_name,)].hessian, seen.inputs[tuple(others)].hessian
     assert np.abs(own - shared).max() > 1e-3 * np.abs(shared).max()
     parts = [params[f"layers.1.self_attn.{p}_proj.kernel"].input_scale for p in "qkv"]
     assert parts[0] == parts[1] == parts[2]
 
 
 def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama, windows, monkeypatch):
-    import fpq_jax._pipeline as pipeline
+    import fpq_jax._pipeline.quantize_layers as pipeline
 
     calls, calibrate = [], pipeline.calibrate
     monkeypatch.setattr(pipeline, "calibrate", lambda *a: (calls.append(a), calibrate(*a))[1])

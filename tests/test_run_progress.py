@@ -124,7 +124,7 @@ def half_done(work):
 
 def layers_solved(monkeypatch) -> list:
     """Will hold the Linears of each layer that is quantized again."""
-    import fpq_jax._pipeline as pipeline
+    import fpq_jax._pipeline.quantize_layers as pipeline
 
     solved, original = [], pipeline.quantize_linears
     monkeypatch.setattr(pipeline, "quantize_linears", lambda w, t, names, *a: (
@@ -152,7 +152,7 @@ def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, mo
 
 
 def test_memory_that_runs_out_is_said_and_loses_nothing(work, half_done, monkeypatch):
-    import fpq_jax._pipeline as pipeline
+    import fpq_jax._pipeline.quantize_layers as pipeline
 
     def no_room(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore")

@@ -1,8 +1,8 @@
-"""Quantize the Linears of a layer: GPTQ or rounding, then LoRC, and the errors of both.
+"""Quantize the kernels of a layer: GPTQ or rounding, then LoRC, and the errors of both.
 
-Linears that share their input (q, k and v; gate and up) share the Hessian. GPTQ treats outputs independently, so one
+Kernels that share their input (q, k and v; gate and up) share the Hessian. GPTQ treats outputs independently, so one
 run with their outputs side by side is what a run for each would give, with one factorization. On several devices the
-outputs are divided over all of them.
+outputs are divided over all of them. Weights are on the devices when they come, and codes stay there.
 """
 
 import time
@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fpq_jax._algorithms.gptq import GptqStats, gptq_with_stats
 from fpq_jax._algorithms.lorc import lorc
 from fpq_jax._algorithms.output_error import column_errors
 from fpq_jax._algorithms.recipe import LinearRecipe
-from fpq_jax._algorithms.statistics import CalibrationStats, SharedInput
+from fpq_jax._algorithms.statistics import CalibrationStats, InputStats, SharedInput
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._numerics.scales import Scale
@@ -33,7 +33,7 @@ from fpq_jax._support.placement import abstract, broadcast_from, per_device, rep
 from fpq_jax._support.trees import Flat
 
 _TOLERANCE = 1.001  # GPTQ's error may exceed rounding's by this factor of float noise
-Timer = Callable[[str, float], None]  # is told of a stage and seconds
+Timer = Callable[[str, float], None]  # takes a stage and seconds
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LinearResult:
     """What became of one Linear. Errors are relative output errors; see ``output_error``.
 
     shape: [in, out]. rounding_error: of plain rounding under the same scales rule. error: of the final weight, GPTQ
-    and LoRC done. damping: None where GPTQ did not run. seconds: where Linears were solved together, its share by
+    and LoRC done. damping: None where GPTQ did not run. seconds: where kernels were quantized together, its share by
     outputs. notes: what a person should know. fell_back: GPTQ was asked for and rounding was done.
     """
 
@@ -57,176 +57,192 @@ class LinearResult:
 
 def quantize_linears(
     weights: Flat,
-    todo: dict[str, LinearRecipe],
+    recipes: dict[str, LinearRecipe],
     names: dict[str, str],
-    seen: CalibrationStats,
+    stats: CalibrationStats,
     mesh: Mesh,
     seed: int,
     timer: Timer,
 ) -> dict[str, tuple[QTensor, LinearResult]]:
-    """QTensor and result of each kernel in ``todo``, in its order. ``weights``: by path, on the host.
+    """QTensor and result of each kernel in ``recipes``, in its order.
 
-    QTensors' outputs are divided over the mesh where they divide evenly.
+    weights: by path, on every device of the mesh. QTensors' outputs are divided over the mesh where they divide evenly.
     """
-    solved: dict[str, _Solved] = {}
+    quantized: dict[str, _Quantized] = {}
     seconds: dict[str, float] = {}
-    for unit in solved_together(todo, seen.hessians, weights):
+    for paths in side_by_side(recipes, stats.inputs, weights):
         began = time.perf_counter()
-        hessian = _hessian_of(unit[0], seen)
-        if not bool(jnp.all(jnp.isfinite(hessian))):
-            name = names[unit[0]]
+        seen = stats.of(paths[0])
+        if not bool(jnp.all(jnp.isfinite(seen.hessian))):
+            name = names[paths[0]]
             raise FpqError(f"The inputs of {name} overflow during calibration; use --dtype float32 or bfloat16.")
-        solved |= _solve_unit(unit, weights, hessian, todo[unit[0]], mesh)
+        quantized |= _quantize_together(paths, weights, seen, recipes[paths[0]], mesh)
         spent = time.perf_counter() - began
-        outputs = sum(weights[path].shape[1] for path in unit)
-        seconds |= {path: spent * weights[path].shape[1] / outputs for path in unit}
+        outputs = sum(weights[path].shape[1] for path in paths)
+        seconds |= {path: spent * weights[path].shape[1] / outputs for path in paths}
         timer("gptq", spent)
     began = time.perf_counter()
-    tensors = jax.block_until_ready(_with_lorc({p: s.q for p, s in solved.items()}, weights, todo, mesh, seed))
+    tensors = jax.block_until_ready(_with_lorc({p: s.q for p, s in quantized.items()}, weights, recipes, mesh, seed))
     spent = time.perf_counter() - began
     timer("lorc", spent)
-    size = sum(weights[path].size for path in todo)
+    size = sum(weights[path].size for path in recipes)
     done = {}
     began = time.perf_counter()
-    for path, recipe in todo.items():
-        q, found = tensors[path], solved[path]
-        lost = found.lost if recipe.lorc is None else _column_errors(weights[path], q, _hessian_of(path, seen), mesh)
-        if path in seen.fixed:
-            q = _with_static_scale(q, seen.fixed[path])
+    for path, recipe in recipes.items():
+        q, found = tensors[path], quantized[path]
+        lost = found.outputs.lost if recipe.lorc is None else _column_errors(weights[path], q, stats.of(path), mesh)
+        if path in stats.static_scales:
+            q = _with_static_scale(q, stats.static_scales[path])
         taken = seconds[path] + spent * weights[path].size / size
-        done[path] = q, _result(names[path], weights[path], recipe, found, lost, taken)
+        shape = (weights[path].shape[0], weights[path].shape[1])
+        done[path] = q, _result(names[path], shape, recipe, found, lost, taken)
     timer("errors", time.perf_counter() - began)
     return done
 
 
-def _hessian_of(path: str, seen: CalibrationStats) -> Float[Array, "in in"]:
-    return next(hessian for paths, hessian in seen.hessians.items() if path in paths)
-
-
-def solved_together(todo: dict[str, LinearRecipe], sharing: Iterable[SharedInput], weights: Flat) -> list[SharedInput]:
+def side_by_side(
+    recipes: dict[str, LinearRecipe], sharing: Iterable[SharedInput], weights: Flat
+) -> list[tuple[str, ...]]:
     """The kernels of each run of GPTQ; ``sharing``: those that see one input. ``weights`` may be shapes alone."""
-    units: list[SharedInput] = []
-    for path in todo:
-        if not any(path in unit for unit in units):
+    runs: list[tuple[str, ...]] = []
+    for path in recipes:
+        if not any(path in run for run in runs):
             others = next(paths for paths in sharing if path in paths)
-            units.append(tuple(p for p in todo if p in others and (p == path or _side_by_side(path, p, weights, todo))))
-    return units
+            runs.append(
+                tuple(p for p in recipes if p in others and (p == path or _may_join(path, p, weights, recipes)))
+            )
+    return runs
 
 
-def _side_by_side(path: str, other: str, weights: Flat, todo: dict[str, LinearRecipe]) -> bool:
-    """Whether two kernels of one Hessian can be solved as one: no scale may reach from one into the other."""
-    recipe = todo[path]
+def _may_join(path: str, other: str, weights: Flat, recipes: dict[str, LinearRecipe]) -> bool:
+    """Whether two kernels of one Hessian can be quantized as one: no scale may reach from one into the other."""
+    recipe = recipes[path]
     rows = recipe.spec.compute_rows
     return (
-        todo[other] == recipe
+        recipes[other] == recipe
         and recipe.spec.group_size != "tensor"
         and all(weights[p].shape[1] % rows == 0 for p in (path, other))
     )
 
 
-class _Solved(NamedTuple):
-    """q without LoRC, and by output, on every device: mean squares of what rounding and q lose, and of the outputs."""
+class _ByOutput(NamedTuple):
+    """Of each output: mean squares of what rounding loses, of what the QTensor loses, and of the output itself; and
+    whether all its weights are zero."""
 
-    q: QTensor
     rounding: Any
     lost: Any
     total: Any
-    stats: GptqStats
+    zero: Any
 
 
-def _solve_unit(
-    unit: SharedInput, weights: Flat, hessian: Float[Array, "in in"], recipe: LinearRecipe, mesh: Mesh
-) -> dict[str, _Solved]:
-    """Kernels that are solved side by side, each for itself again."""
-    unseen = not bool(jnp.any(jnp.diagonal(hessian) > 0))
-    kernels = [np.asarray(weights[path]) for path in unit]
-    whole = kernels[0] if len(unit) == 1 else np.concatenate(kernels, axis=1)
-    solved = solve(
-        on_outputs(whole, mesh, recipe.spec),
-        hessian,
+class _Quantized(NamedTuple):
+    """q without LoRC; the rest is on every device."""
+
+    q: QTensor
+    gptq: GptqStats
+    outputs: _ByOutput
+
+
+def _quantize_together(
+    paths: tuple[str, ...], weights: Flat, seen: InputStats, recipe: LinearRecipe, mesh: Mesh
+) -> dict[str, _Quantized]:
+    """Kernels that are quantized side by side, each for itself again."""
+    unseen = not bool(jnp.any(jnp.diagonal(seen.hessian) > 0))
+    width = sum(weights[path].shape[1] for path in paths)
+    found = quantize_kernel(
+        _side_by_side([weights[path] for path in paths], _by_outputs(width, mesh, recipe.spec)),
+        seen.hessian,
+        seen.count,
         recipe.spec,
         "round" if unseen else recipe.method,
         recipe.damping,
         mesh,
     )
-    q, stats = jax.block_until_ready((solved.q, solved.stats))
-    rounding, lost, total = (np.asarray(v) for v in (solved.rounding, solved.lost, solved.total))
-    if len(unit) == 1:
-        return {unit[0]: _Solved(q, rounding, lost, total, stats)}
+    outputs = _ByOutput(*map(np.asarray, jax.block_until_ready(found).outputs))
+    if len(paths) == 1:
+        return {paths[0]: found._replace(outputs=outputs)}
     parts, end = {}, 0
-    for path, kernel in zip(unit, kernels, strict=True):
-        columns = slice(end, end := end + kernel.shape[1])
-        own = _part(q, columns.start, columns.stop, mesh)
-        parts[path] = _Solved(own, rounding[columns], lost[columns], total[columns], stats)
+    for path in paths:
+        columns = slice(end, end := end + weights[path].shape[1])
+        own = _ByOutput(*(values[columns] for values in outputs))
+        parts[path] = _Quantized(_part(found.q, columns.start, columns.stop, mesh), found.gptq, own)
     return parts
 
 
 def _result(
-    name: str, weight: np.ndarray, recipe: LinearRecipe, solved: _Solved, lost: np.ndarray, seconds: float
+    name: str, shape: tuple[int, int], recipe: LinearRecipe, found: _Quantized, lost: np.ndarray, seconds: float
 ) -> LinearResult:
-    total = float(solved.total.sum(dtype=np.float64))
+    total = float(found.outputs.total.sum(dtype=np.float64))
     share = lambda part: float(part.sum(dtype=np.float64)) / total if total > 0 else 0.0
-    unseen = recipe.method == "gptq" and float(solved.stats.damping) == 0  # it did not run
-    rounding_error = share(solved.rounding)
+    unseen = recipe.method == "gptq" and float(found.gptq.damping) == 0  # it did not run
+    rounding_error = share(found.outputs.rounding)
     damping, notes = None, []
     if unseen:
         notes.append("its inputs were all zero during calibration: rounded to nearest instead of GPTQ")
     elif recipe.method == "gptq":
-        damping = float(f"{float(solved.stats.damping):.6g}")  # float32's digits are noise to a reader
+        damping = float(f"{float(found.gptq.damping):.6g}")  # float32's digits are noise to a reader
         if damping > recipe.damping * 1.5:
             notes.append(f"damping raised to {damping:g} until Cholesky succeeded")
-        if int(solved.stats.dead):
-            notes.append(
-                f"{int(solved.stats.dead)} inputs were zero throughout calibration: their weights are zero now"
-            )
-        if share(solved.lost) > rounding_error * _TOLERANCE:
+        if int(found.gptq.dead):
+            notes.append(f"{int(found.gptq.dead)} inputs were zero throughout calibration: their weights are zero now")
+        if share(found.outputs.lost) > rounding_error * _TOLERANCE:
             notes.append("GPTQ's error is above plain rounding's")
-    if zeros := int(np.sum(np.all(weight == 0, axis=0))):
+    if zeros := int(np.sum(found.outputs.zero)):
         notes.append(f"{zeros} output rows are all zero")
-    shape = (weight.shape[0], weight.shape[1])
     return LinearResult(name, shape, rounding_error, share(lost), damping, round(seconds, 3), tuple(notes), unseen)
 
 
-def abstract_solve(shape: tuple[int, int], dtype: DTypeLike, recipe: LinearRecipe, mesh: Mesh) -> Any:
-    """The lowered program of ``solve`` for a weight of this shape."""
-    spec = P(None, AXES) if _divides(shape[1], mesh, recipe.spec) else P()
-    w = abstract(jax.ShapeDtypeStruct(shape, dtype), mesh, spec)
-    hessian = abstract(jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32), mesh, P())
-    return solve.lower(w, hessian, recipe.spec, recipe.method, recipe.damping, mesh)
+def abstract_quantize(shape: tuple[int, int], dtype: DTypeLike, recipe: LinearRecipe, mesh: Mesh) -> Any:
+    """The lowered program of ``quantize_kernel`` for a weight of this shape."""
+    w = jax.ShapeDtypeStruct(shape, dtype, sharding=_by_outputs(shape[1], mesh, recipe.spec))
+    seen = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    return quantize_kernel.lower(w, *abstract(seen, mesh, P()), recipe.spec, recipe.method, recipe.damping, mesh)
 
 
-def on_outputs(w: np.ndarray, mesh: Mesh, spec: QuantSpec) -> Float[Array, "in out"]:
-    """A weight [in, out] on the mesh, its outputs divided where that is even and no scale is shared between them."""
-    sharding = NamedSharding(mesh, P(None, AXES) if _divides(w.shape[1], mesh, spec) else P())
-    return jax.make_array_from_callback(w.shape, sharding, lambda index: w[index])
+def _divides(outputs: int, mesh: Mesh, spec: QuantSpec) -> bool:
+    return spec.group_size != "tensor" and outputs % (mesh.size * spec.compute_rows) == 0
 
 
-def _divides(out: int, mesh: Mesh, spec: QuantSpec) -> bool:
-    return spec.group_size != "tensor" and out % (mesh.size * spec.compute_rows) == 0
+def _by_outputs(outputs: int, mesh: Mesh, spec: QuantSpec) -> NamedSharding:
+    """The sharding of a weight [in, out] over its outputs, where that is even and no scale is shared between them."""
+    return NamedSharding(mesh, P(None, AXES) if _divides(outputs, mesh, spec) else P())
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def solve(
-    w: Float[Array, "in out"], hessian: Float[Array, "in in"], spec: QuantSpec, method: str, damping: float, mesh: Mesh
-) -> _Solved:
-    """Quantize ``w``, its outputs divided over the mesh; the Hessian is on every device."""
+@partial(jax.jit, static_argnums=1)
+def _side_by_side(weights: list[Float[Array, "in _"]], sharding: NamedSharding) -> Float[Array, "in out"]:
+    return jax.lax.with_sharding_constraint(jnp.concatenate(weights, axis=1), sharding)
 
-    def local(w: Array, h: Array, everywhere: Callable[[Array], Array] = lambda values: values) -> _Solved:
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def quantize_kernel(
+    w: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    count: Int[Array, ""],
+    spec: QuantSpec,
+    method: str,
+    damping: float,
+    mesh: Mesh,
+) -> _Quantized:
+    """Quantize ``w``, its outputs divided over the mesh; Hessian and count are on every device."""
+
+    def local(w: Array, h: Array, n: Array, gather: Callable[[Array], Array] = lambda values: values) -> _Quantized:
+        mean = h / n
         rounded = quantize_array(w, spec)
         if method == "gptq":
-            q, stats = gptq_with_stats(w, h, spec, damping=damping)
+            q, stats = gptq_with_stats(w, mean, spec, damping=damping)
         else:
             q, stats = rounded, GptqStats(jnp.float32(0), jnp.int32(0))
-        rounding, total = column_errors(w, dequantize(rounded), h), column_errors(w, jnp.zeros_like(w), h)
-        lost = rounding if method == "round" else column_errors(w, dequantize(q), h)
-        return _Solved(q, everywhere(rounding), everywhere(lost), everywhere(total), stats)
+        rounding, total = column_errors(w, dequantize(rounded), mean), column_errors(w, jnp.zeros_like(w), mean)
+        lost = rounding if method == "round" else column_errors(w, dequantize(q), mean)
+        outputs = _ByOutput(rounding, lost, total, jnp.all(w == 0, axis=0))
+        return _Quantized(q, stats, jax.tree.map(gather, outputs))
 
     if not _divides(w.shape[1], mesh, spec):
-        return local(w, hessian)
-    local = partial(local, everywhere=lambda values: jax.lax.all_gather(values, AXES, tiled=True))
-    out: Any = (P(AXES), P(), P(), P(), P())
-    solved = per_device(local, mesh, (P(None, AXES), P()), _Solved(*out))(w, hessian)
-    return solved._replace(q=replace(solved.q, shape=w.shape))
+        return local(w, hessian, count)
+    local = partial(local, gather=lambda values: jax.lax.all_gather(values, AXES, tiled=True))
+    out: Any = (P(AXES), P(), P())
+    found = per_device(local, mesh, (P(None, AXES), P(), P()), _Quantized(*out))(w, hessian, count)
+    return found._replace(q=replace(found.q, shape=w.shape))
 
 
 def _part(q: QTensor, start: int, stop: int, mesh: Mesh) -> QTensor:
@@ -241,24 +257,23 @@ def _rows(leaf: Array, start: int, stop: int, sharding: NamedSharding) -> Array:
 
 
 def _with_lorc(
-    tensors: dict[str, QTensor], weights: Flat, todo: dict[str, LinearRecipe], mesh: Mesh, seed: int
+    tensors: dict[str, QTensor], weights: Flat, recipes: dict[str, LinearRecipe], mesh: Mesh, seed: int
 ) -> dict[str, QTensor]:
     """The QTensors with their corrections, each computed by one of the devices, as one device alone would."""
     devices = mesh.devices.ravel()
     factors = {}
-    for i, path in enumerate(path for path in todo if todo[path].lorc is not None):
-        recipe, device = todo[path].lorc, devices[i % len(devices)]
+    for i, path in enumerate(path for path in recipes if recipes[path].lorc is not None):
+        recipe, device = recipes[path].lorc, devices[i % len(devices)]
         assert recipe is not None and recipe.rank != "auto", "Recipe.with_lorc_rank comes first"
-        whole = replicate(tensors[path], mesh)
+        whole = replicate((weights[path], tensors[path]), mesh)
         own = lambda leaf, device=device: next((s.data for s in leaf.addressable_shards if s.device == device), None)
         if device.process_index == jax.process_index():
-            w = jax.device_put(weights[path], device)
-            factors[path] = _factors(w, jax.tree.map(own, whole), recipe.rank, recipe.dtype, seed)
+            factors[path] = _factors(*jax.tree.map(own, whole), recipe.rank, recipe.dtype, seed)
         else:
             factors[path] = None
     result = dict(tensors)
     for path, found in factors.items():
-        recipe = todo[path].lorc
+        recipe = recipes[path].lorc
         assert recipe is not None
         q = tensors[path]
         shapes = jax.eval_shape(partial(_factors, rank=recipe.rank, dtype=recipe.dtype), weights[path], q, seed=seed)
@@ -271,17 +286,20 @@ def _factors(w: Float[Array, "in out"], q: QTensor, rank: int, dtype: Any, seed:
     return lorc(w, q, rank=rank, dtype=dtype, seed=seed).low_rank
 
 
-def _column_errors(w: np.ndarray, q: QTensor, hessian: Float[Array, "in in"], mesh: Mesh) -> np.ndarray:
+def _column_errors(w: Float[Array, "in out"], q: QTensor, seen: InputStats, mesh: Mesh) -> np.ndarray:
     """What q loses of each output."""
-    everywhere = NamedSharding(mesh, P())
-    return np.asarray(_errors(on_outputs(w, mesh, q.spec), q, hessian, everywhere))
+    by_outputs, everywhere = _by_outputs(w.shape[1], mesh, q.spec), NamedSharding(mesh, P())
+    return np.asarray(_errors(w, q, seen.hessian, seen.count, by_outputs, everywhere))
 
 
-@partial(jax.jit, static_argnums=3)
-def _errors(w: Array, q: QTensor, hessian: Array, everywhere: NamedSharding) -> Float[Array, " out"]:
-    return jax.lax.with_sharding_constraint(column_errors(w, dequantize(q), hessian), everywhere)
+@partial(jax.jit, static_argnums=(4, 5))
+def _errors(
+    w: Array, q: QTensor, hessian: Array, count: Array, by_outputs: NamedSharding, everywhere: NamedSharding
+) -> Float[Array, " out"]:
+    w = jax.lax.with_sharding_constraint(w, by_outputs)
+    return jax.lax.with_sharding_constraint(column_errors(w, dequantize(q), hessian / count), everywhere)
 
 
-def _with_static_scale(q: QTensor, fixed: Scale) -> QTensor:
+def _with_static_scale(q: QTensor, scale: Scale) -> QTensor:
     asymmetric = q.spec.activation is not None and q.spec.activation.asymmetric
-    return replace(q, input_scale=fixed.scale, input_zero=fixed.zero.astype(jnp.uint8) if asymmetric else None)
+    return replace(q, input_scale=scale.scale, input_zero=scale.zero.astype(jnp.uint8) if asymmetric else None)

@@ -19,7 +19,7 @@ bfloat16 but do not fit int8: with int8 codes c and m that lack a and b, the pro
 sum(c m) + a sum(m) + b sum(c) + K a b, all of it in int32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -33,10 +33,8 @@ from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments, of_fragments
 from fpq_jax._matmul.products import _product, tokens_for
-from fpq_jax._numerics.activations import QuantizedTokens, fake_quantize_tokens
-from fpq_jax._numerics.formats import Format
+from fpq_jax._numerics.activations import QuantizedTokens
 from fpq_jax._numerics.qtensor import LowRank, QTensor, check_exponents, dequantize, expand
-from fpq_jax._numerics.scales import Scale
 from fpq_jax._support.mesh import MODEL, over_model
 
 
@@ -53,21 +51,9 @@ class RowParallelKernel:
     mesh: Mesh | AbstractMesh = field(metadata={"static": True})
 
 
-@dataclass(frozen=True)
-class RecordingKernel:
-    """A kernel that is still an array, seen by calibration: the product is taken with the activations quantized as
-    inference will have them (``activation`` None: left alone; ``fixed``: their static scale), and ``record`` is handed
-    the input and those activations. It lives inside one trace."""
-
-    kernel: Any
-    activation: Format | None
-    record: Callable[[Array, Array], None]
-    fixed: Scale | None = None
-
-
 def linear(
     x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"] | QTensor | Fragments | RowParallelKernel | RecordingKernel,
+    kernel: Float[Array, "in out"] | QTensor | Fragments | RowParallelKernel,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor, or what
@@ -93,7 +79,7 @@ def linears(
     results = []
     for kernel, bias in weights:
         if not isinstance(kernel, QTensor | Fragments):
-            y = _other_linear(x, kernel)
+            y = _row_parallel_linear(x, kernel) if isinstance(kernel, RowParallelKernel) else x @ kernel
             results.append(y if bias is None else y + bias)
             continue
         tokens = None
@@ -109,21 +95,9 @@ def linears(
     return results
 
 
-def _other_linear(x: Float[Array, "*batch in"], kernel: Any) -> Float[Array, "*batch out"]:
-    if isinstance(kernel, RowParallelKernel):
-        return _row_parallel_linear(x, kernel)
-    return _recorded_linear(x, kernel) if isinstance(kernel, RecordingKernel) else x @ kernel
-
-
-def _recorded_linear(x: Float[Array, "*batch in"], kernel: RecordingKernel) -> Float[Array, "*batch out"]:
-    seen = x if kernel.activation is None else fake_quantize_tokens(x, kernel.activation, kernel.fixed)
-    kernel.record(x, seen)
-    return seen @ kernel.kernel
-
-
-def _row_parallel_linear(x: Float[Array, "*batch in"], divided: RowParallelKernel) -> Float[Array, "*batch out"]:
+def _row_parallel_linear(x: Float[Array, "*batch in"], kernel: RowParallelKernel) -> Float[Array, "*batch out"]:
     # before it is divided: an exponent may be for inputs of two devices
-    q = expand(divided.kernel)
+    q = expand(kernel.kernel)
     whole: QTensor = jax.tree.map(lambda _: P(), q)
     low_rank = None if whole.low_rank is None else replace(whole.low_rank, a=P(MODEL))
 
@@ -133,7 +107,7 @@ def _row_parallel_linear(x: Float[Array, "*batch in"], divided: RowParallelKerne
         return jax.lax.psum(_quantized_linear(x, tokens, q, None, axis=MODEL), MODEL)
 
     specs = P(*(None,) * (x.ndim - 1), MODEL), replace(whole, codes=P(None, MODEL), low_rank=low_rank)
-    return over_model(part, divided.mesh, specs, P())(x, q)
+    return over_model(part, kernel.mesh, specs, P())(x, q)
 
 
 @partial(jax.jit, inline=True)

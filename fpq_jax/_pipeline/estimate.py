@@ -13,12 +13,12 @@ import jax
 from jax.sharding import Mesh
 
 from fpq_jax._algorithms.lorc import lorc
-from fpq_jax._algorithms.quantize_linears import abstract_solve, solved_together
+from fpq_jax._algorithms.quantize_linears import abstract_quantize, side_by_side
 from fpq_jax._algorithms.recipe import LinearRecipe
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import quantize_array
 from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
-from fpq_jax._pipeline.calibration import abstract_accumulate
+from fpq_jax._pipeline.calibration import abstract_calibrate
 from fpq_jax._pipeline.layerwise import abstract_losses
 from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
@@ -124,12 +124,12 @@ def estimate(
     hardest = max(by_layer, key=len)
     device, hessians = 0, 0
     if hardest:
-        program, sharing, hessians = abstract_accumulate(model_spec.layer(), hardest, mesh, (size, length), model_spec)
+        program, sharing, hessians = abstract_calibrate(model_spec, hardest, mesh, (size, length))
         # the next batch is on its way meanwhile
         device = _program_bytes(program) + size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
-        for unit in _largest(solved_together(hardest, sharing, layer), layer):
-            shape = (layer[unit[0]].shape[0], sum(layer[path].shape[1] for path in unit))
-            program = abstract_solve(shape, model_spec.dtype, hardest[unit[0]], mesh)
+        for paths in _largest(side_by_side(hardest, sharing, layer), layer):
+            shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
+            program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
             device = max(device, hessians - shape[0] ** 2 * 4 + _program_bytes(program))
     outer = params_of(model_spec.without_layers())
     eval_size = batch_size(evaluated, length, mesh, batch_tokens)
@@ -162,11 +162,11 @@ def estimate(
     )
 
 
-def _largest(units: list[tuple[str, ...]], layer: Flat) -> list[tuple[str, ...]]:
-    """Those whose solution takes most: of the most inputs, and of the most weights."""
-    inputs = lambda unit: layer[unit[0]].shape[0]
-    weights = lambda unit: sum(layer[path].size for path in unit)
-    return list({max(units, key=inputs), max(units, key=weights)})
+def _largest(runs: list[tuple[str, ...]], layer: Flat) -> list[tuple[str, ...]]:
+    """Those that take most: of the most inputs, and of the most weights."""
+    inputs = lambda paths: layer[paths[0]].shape[0]
+    weights = lambda paths: sum(layer[path].size for path in paths)
+    return list({max(runs, key=inputs), max(runs, key=weights)})
 
 
 def _program_bytes(program: Any) -> int:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +19,8 @@ from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
-from fpq_jax._pipeline.calibration import Activations, activations_of, calibrate
+from fpq_jax._pipeline.calibration import Kernels, Stream, calibrate, recorded_kernels
 from fpq_jax._pipeline.layerwise import embed, forward
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.prefetch import prefetch
@@ -73,7 +71,7 @@ def quantize_checkpoint(
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     finished: Mapping[str, Callable[[], Flat]] | None = None,
-    first_layer: dict[Activations, CalibrationStats] | None = None,
+    first_layer: dict[Kernels, CalibrationStats] | None = None,
 ) -> Iterator[Part]:
     """Quantize part after part; each is yielded as soon as it is there.
 
@@ -113,23 +111,25 @@ def quantize_checkpoint(
         linear_names = {path: names[f"{name}.{path}"] for path in weights if f"{name}.{path}" in names}
         chosen = {path: what[linear] for path, linear in linear_names.items()}
         recipes = {path: r for path, r in chosen.items() if r is not None}
-        placed = replicate(weights, mesh)
+        weights = replicate(weights, mesh)
         with seconds.timed("hessians"):
-            seen = _seen(with_params(layer, placed), recipes, hidden, batches, first_layer if i == 0 else None)
-        del placed
+            stream = Stream(weights, hidden)
+            stats = _calibrated(model_spec, stream, recipes, batches, first_layer if i == 0 else None)
+            del stream
 
-        solved = quantize_linears(weights, recipes, linear_names, seen, mesh, seed, seconds.add)
-        del seen
-        divided = weights | {path: q for path, (q, _) in solved.items()}
-        whole = replicate(divided, mesh)
+        done = quantize_linears(weights, recipes, linear_names, stats, mesh, seed, seconds.add)
+        del stats
+        # written as they are sharded: each process its own part
+        sharded = weights | {path: q for path, (q, _) in done.items()}
+        del weights
+        whole = replicate(sharded, mesh)
         with seconds.timed("forward"):
             if not last:
                 forward(with_params(layer, whole), hidden, mesh)
-        # written as they are divided: each process its own part
-        part = {f"{name}.{p}": divided[p] if isinstance(divided[p], QTensor) else leaf for p, leaf in whole.items()}
-        del whole, divided, weights
-        results = [result for _, result in solved.values()]
-        del solved
+        part = {f"{name}.{path}": leaf for path, leaf in sharded.items()}
+        del whole, sharded
+        results = [result for _, result in done.values()]
+        del done
         yield Part(name, part, results, seconds)
         del part
     del hidden
@@ -137,16 +137,16 @@ def quantize_checkpoint(
         yield Part(HEAD, replicate(next(reading)[0], mesh))
 
 
-def _seen(
-    layer: Any,
+def _calibrated(
+    model_spec: ModelSpec,
+    stream: Stream,
     recipes: dict[str, LinearRecipe],
-    hidden: list[np.ndarray],
     batches: Batches,
-    kept: dict[Activations, CalibrationStats] | None,
+    kept: dict[Kernels, CalibrationStats] | None,
 ) -> CalibrationStats:
-    activations = activations_of(recipes)
+    kernels = recorded_kernels(recipes, stream.params)
     if kept is None:
-        return jax.block_until_ready(calibrate(layer, activations, hidden, batches))
-    if activations not in kept:
-        kept[activations] = jax.device_get(calibrate(layer, activations, hidden, batches))
-    return replicate(kept[activations], batches.mesh)
+        return jax.block_until_ready(calibrate(model_spec, stream, kernels, batches))
+    if kernels not in kept:
+        kept[kernels] = jax.device_get(calibrate(model_spec, stream, kernels, batches))
+    return replicate(kept[kernels], batches.mesh)

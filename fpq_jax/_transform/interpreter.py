@@ -17,21 +17,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from fpq_jax._transform.axis_layout import Product
 from fpq_jax._transform.primitive_rules import PRIMITIVE_RULES, bind
-from fpq_jax._transform.tracked import Merge, ParamRef, SharedInput, TraceScope, TrackedParam, UseHandler, add, empty
+from fpq_jax._transform.tracked import ADD, Merge, ParamRef, SharedInput, TraceScope, TrackedParam, UseHandler
 
 
 class Outcome(NamedTuple):
     """A function's results, and what the handler recorded."""
 
     outputs: list[Any]
-    records: dict[SharedInput, Array]
+    records: dict[SharedInput, Any]
 
 
-def interpret(jaxpr: Any, arguments: Sequence[Any], handler: UseHandler, merge: Merge = jnp.add) -> Outcome:
+def interpret(jaxpr: Any, arguments: Sequence[Any], handler: UseHandler, merge: Merge = ADD) -> Outcome:
     """Evaluate a jaxpr; arguments may be followed parameters, and results are those that come back as they were.
 
     ``merge``: two records of the same kernels.
@@ -120,7 +119,7 @@ class _Interpreter:
         with _precision(eqn.params["precision"]):
             return self.handler.product(kernel, x, product, self.scope, multiply, eqn.outvars[0].aval.dtype)
 
-    def record(self, records: dict[SharedInput, Array]) -> None:
+    def record(self, records: dict[SharedInput, Any]) -> None:
         """Add what was recorded inside of something to what is known here."""
         for places, value in records.items():
             self.scope.record(places, value)
@@ -170,7 +169,7 @@ class _Interpreter:
         forwarded = [_forwarded(jaxpr).items() for jaxpr in jaxprs]
         same = dict(set.intersection(*map(set, forwarded)))
         branch = lambda jaxpr, empty, *arguments: self._filled(self.arrays_inside(jaxpr, arguments, same), empty)
-        empty: dict[SharedInput, Array] = {}
+        empty: dict[SharedInput, Any] = {}
         if self.handler.records:
             for jaxpr in jaxprs:
                 empty |= self._empty(lambda *a, jaxpr=jaxpr: self.arrays_inside(jaxpr, a, same).records, *arguments)
@@ -191,7 +190,7 @@ class _Interpreter:
             outputs, records = self.arrays_inside(p["body_jaxpr"], [*in_body, *carry])
             if self.handler.records:
                 for places, value in asked(carry).records.items():
-                    add(records, places, value, self.merge)
+                    self.merge.into(records, places, value)
             return outputs, records
 
         empty = self._empty(lambda *carry: step(carry)[1], *start) if self.handler.records else {}
@@ -217,16 +216,16 @@ class _Interpreter:
         def step(carry, values):
             inner = [_step_of(x, value, this) for x, value in zip(scanned, values, strict=True)]
             outputs, records = self.arrays_inside(eqn.params["jaxpr"], [*consts, *carry, *inner])
-            each: dict[Any, Array] = {}
-            every: dict[SharedInput, Array] = {}
+            each: dict[Any, Any] = {}
+            every: dict[SharedInput, Any] = {}
             for places, value in records.items():
                 # a stack's own records have an axis for the steps, all others are merged
                 inside = [place for place in places if place.scans and place.scans[-1][0] == this]
                 for where in {place.scans[-1][1] for place in inside}:
                     own = (place._replace(scans=place.scans[:-1]) for place in inside if place.scans[-1][1] == where)
-                    add(each, (tuple(own), where), value, self.merge)
+                    self.merge.into(each, (tuple(own), where), value)
                 if others := tuple(place for place in places if place not in inside):
-                    add(every, others, value, self.merge)
+                    self.merge.into(every, others, value)
             return outputs, each, every
 
         stacked = [x.value if isinstance(x, TrackedParam) else x for x in scanned]
@@ -241,7 +240,8 @@ class _Interpreter:
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
         (carry, every), (ys, each) = jax.lax.scan(body, (start, empty), stacked, **options)
         self.record(every)
-        self.record({own: jnp.moveaxis(value, 0, where) for (own, where), value in each.items()})
+        to = lambda where: lambda a: jnp.moveaxis(a, 0, where)
+        self.record({own: jax.tree.map(to(where), value) for (own, where), value in each.items()})
         return [*carry, *ys]
 
     def _scannable(self, value: Any) -> Any:
@@ -255,14 +255,14 @@ class _Interpreter:
             return value
         return replace(value, value=jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), value.value))
 
-    def _empty(self, function: Callable[..., dict[SharedInput, Array]], *arguments: Any) -> dict[SharedInput, Array]:
+    def _empty(self, function: Callable[..., dict[SharedInput, Any]], *arguments: Any) -> dict[SharedInput, Any]:
         """What merges with the function's records to what they are."""
-        return empty(jax.eval_shape(function, *arguments), self.merge)
+        return self.merge.empty(jax.eval_shape(function, *arguments))
 
-    def _merged(self, records: dict[SharedInput, Array], new: dict[SharedInput, Array]) -> dict[SharedInput, Array]:
+    def _merged(self, records: dict[SharedInput, Any], new: dict[SharedInput, Any]) -> dict[SharedInput, Any]:
         return {places: self.merge(value, new[places]) for places, value in records.items()}
 
-    def _filled(self, outcome: Outcome, empty: dict[SharedInput, Array]) -> Outcome:
+    def _filled(self, outcome: Outcome, empty: dict[SharedInput, Any]) -> Outcome:
         return outcome._replace(records=empty | outcome.records)
 
 

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float
 from fpq_jax._algorithms.lorc import lorc
 from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
-from fpq_jax._algorithms.statistics import CalibrationStats
+from fpq_jax._algorithms.statistics import CalibrationStats, InputStats
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.fp4_kernel.fragments import of_fragments
 from fpq_jax._matmul.weight_layouts import WeightLayout, check_any_for_fragments, check_layout, is_quantized, to_layout
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
-from fpq_jax._numerics.qtensor_sharding import placed
+from fpq_jax._numerics.qtensor_sharding import shard_like
 from fpq_jax._support.mesh import make_mesh
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.trees import ByIdentity, Flat, jit, named_leaves
@@ -97,9 +97,9 @@ def quantize_named(
         selection = _with_hessians(selection, hessians)
     for path, one in selection.chosen.items():
         _check(path, leaves[path], one, hessians, prefix)
-    solve = partial(_round, seed=seed) if hessians is None else partial(_solve, hessians=hessians, seed=seed)
-    done = solve(leaves, selection.chosen)
-    tensors = {path: placed(q, leaves[path]) for path, (q, _) in done.items()}
+    quantize = partial(_round, seed=seed) if hessians is None else partial(_quantize, hessians=hessians, seed=seed)
+    done = quantize(leaves, selection.chosen)
+    tensors = {path: shard_like(q, leaves[path]) for path, (q, _) in done.items()}
     tree = jax.tree.unflatten(structure, [tensors.get(path, leaf) for path, leaf in named])
     results = [replace(result, name=prefix + result.name) for _, results in done.values() for result in results]
     return tree, TreeReport(tuple(results), {prefix + path: why for path, why in selection.left.items()})
@@ -262,30 +262,33 @@ def _rounded(w: Float[Array, "*stack in out"], recipe: LinearRecipe, seed: int |
     return q, rounding, lost(q)
 
 
-def _solve(leaves: Flat, chosen: dict[str, Chosen], *, hessians: Mapping[str, Any], seed: int) -> Done:
+def _quantize(leaves: Flat, chosen: dict[str, Chosen], *, hessians: Mapping[str, Any], seed: int) -> Done:
     mesh = make_mesh()
     if isinstance(hessians, Hessians):
-        by_input, fixed = hessians.by_input, hessians.fixed
+        stats = hessians.stats
     else:
-        by_input, fixed = {(path,): jnp.asarray(hessians[path]) for path in hessians}, {}
+        given = {path: jnp.asarray(hessians[path]) for path in hessians}
+        stats = CalibrationStats(
+            {(path,): InputStats(h, jnp.ones(h.shape[:-2], jnp.int32)) for path, h in given.items()}, {}
+        )
     done = _round(leaves, {path: one for path, one in chosen.items() if path not in hessians}, seed=seed)
-    for paths, matrix in by_input.items():
-        todo = {path: chosen[path].recipe for path in paths if path in chosen}
-        if not todo:
+    for paths, seen in stats.inputs.items():
+        recipes = {path: chosen[path].recipe for path in paths if path in chosen}
+        if not recipes:
             continue
-        weights = {path: to_kernel(np.asarray(leaves[path]), chosen[path].axes) for path in todo}
-        stack = matrix.shape[:-2]
-        parts: dict[str, list[tuple[QTensor, LinearResult]]] = {path: [] for path in todo}
+        weights = {path: to_kernel(np.asarray(leaves[path]), chosen[path].axes) for path in recipes}
+        stack = seen.count.shape
+        parts: dict[str, list[tuple[QTensor, LinearResult]]] = {path: [] for path in recipes}
         for index in np.ndindex(stack):
-            seen = CalibrationStats(
-                {tuple(todo): replicate(matrix[index], mesh)}, {p: fixed[p] for p in todo if p in fixed}
+            own = CalibrationStats(
+                {tuple(recipes): replicate(jax.tree.map(lambda a, at=index: a[at], seen), mesh)},
+                {path: scale for path, scale in stats.static_scales.items() if path in recipes},
             )
-            names = {path: _indexed(path, index) for path in todo}
-            one = {path: w[index] for path, w in weights.items()}
-            for path, solved in quantize_linears(
-                one, todo, names, seen, mesh, seed, lambda stage, seconds: None
-            ).items():
-                parts[path].append(solved)
+            names = {path: _indexed(path, index) for path in recipes}
+            one = replicate({path: w[index] for path, w in weights.items()}, mesh)
+            of_index = quantize_linears(one, recipes, names, own, mesh, seed, lambda stage, seconds: None)
+            for path, found in of_index.items():
+                parts[path].append(found)
         for path, every in parts.items():
             q = _stacked([q for q, _ in every], stack)
             done[path] = replace(q, axes=chosen[path].axes), [result for _, result in every]

@@ -101,14 +101,37 @@ class UseHandler:
         return kernel.place
 
 
-Merge = Callable[[Array, Array], Array]
+class Merge(NamedTuple):
+    """How two records of the same kernels become one: each array of one with that of the other.
+
+    neutral: changes nothing when it is merged. over: the same for all of an axis.
+    """
+
+    function: Callable[[Array, Array], Array]
+    neutral: float
+    over: Callable[..., Array]
+
+    def __call__(self, one: Any, other: Any) -> Any:
+        return jax.tree.map(self.function, one, other)
+
+    def empty(self, shapes: Any) -> Any:
+        """Records of these shapes that change nothing."""
+        return jax.tree.map(lambda shape: jnp.full(shape.shape, self.neutral, shape.dtype), shapes)
+
+    def into(self, records: dict[Any, Any], key: Any, value: Any) -> None:
+        """Put a record to others, or merge it with the one of its key."""
+        records[key] = self(records[key], value) if key in records else value
+
+
+ADD = Merge(jnp.add, 0, jnp.sum)
+MAXIMUM = Merge(jnp.maximum, -jnp.inf, jnp.max)
 
 
 class Site(NamedTuple):
     """What is recorded of an input, and the kernels that see it."""
 
     places: list[ParamRef]
-    value: Array
+    value: Any
 
 
 class TraceScope:
@@ -118,7 +141,7 @@ class TraceScope:
         self._merge = merge
         self._results: dict[Any, Any] = {}
         self._inputs: dict[Any, tuple[Any, dict[Any, Any]]] = {}
-        self._records: dict[SharedInput, Array] = {}
+        self._records: dict[SharedInput, Any] = {}
         self._sites: list[Site] = []
         self._alive: list[Any] = []  # so that no id is used twice
 
@@ -134,29 +157,18 @@ class TraceScope:
             self._results[whole] = compute()
         return self._results[whole]
 
-    def site(self, value: Array) -> Site:
+    def site(self, value: Any) -> Site:
         """A record of kernels whose names are added to it."""
         self._sites.append(Site([], value))
         return self._sites[-1]
 
-    def record(self, places: SharedInput, value: Array) -> None:
+    def record(self, places: SharedInput, value: Any) -> None:
         """A record of kernels; it merges with others of the same."""
-        add(self._records, places, value, self._merge)
+        self._merge.into(self._records, places, value)
 
-    def records(self) -> dict[SharedInput, Array]:
+    def records(self) -> dict[SharedInput, Any]:
         """All of them."""
         while self._sites:
             places, value = self._sites.pop()
             self.record(tuple(places), value)
         return self._records
-
-
-def add(records: dict[Any, Array], key: Any, value: Array, merge: Merge) -> None:
-    """Put a record to others, or merge it with the one of its key."""
-    records[key] = merge(records[key], value) if key in records else value
-
-
-def empty(shapes: dict[SharedInput, Any], merge: Merge) -> dict[SharedInput, Array]:
-    """Records of these shapes that change nothing when they are merged."""
-    neutral = 0 if merge is jnp.add else -jnp.inf
-    return {places: jnp.full(shape.shape, neutral, shape.dtype) for places, shape in shapes.items()}
