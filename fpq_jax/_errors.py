@@ -1,8 +1,18 @@
-"""The one exception a person may cause: bad input, told in one sentence."""
+"""The one exception a person may cause: bad input, described in one sentence."""
 
 
 class FpqError(ValueError):
-    """Input that cannot be used. The message names the thing and the remedy; commands exit with status 2 on it."""
+    """Reports input that cannot be used: the message names what is wrong and what to do about it.
+
+    It is a ``ValueError``. The commands print its message and exit with status 2.
+
+    Example:
+        >>> try:
+        ...     fpq.QuantSpec(format="e2m1", group_size=0)
+        ... except fpq.FpqError as error:
+        ...     print(error)
+        group_size is 0; it must be a positive number, "channel" or "tensor".
+    """
 
 
 def check_at_least(least: int, **flags: int | None) -> None:

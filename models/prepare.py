@@ -1,4 +1,4 @@
-"""A model made ready to be run: Linears of one input merged, weights in the form in which they stay in memory."""
+"""A model made ready to be run: Linears of one input merged, weights in the layout that they keep."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,15 +24,33 @@ from fpq_jax.models.sharding import division, sharding, shardings
 def prepare(
     model: Any, weights: str = "fp8", *, attention: str = "xla", mesh: Mesh | AbstractMesh | None = None
 ) -> Any:
-    """A copy of a model to generate and evaluate with; it gives what the model gives, and cannot be saved.
+    """Prepares a model to generate and evaluate with: a copy that gives the same results and cannot be saved.
 
-    Query, key and value become one product, gate and up another, where that is exact (see
-    ``can_concatenate``); ``weights`` is the layout that they get: "fp8" expands 4-bit codes to FP8 once, "packed"
-    leaves them packed until they are multiplied, "fragments" lays them out for our own kernel, which has not been
-    measured on a GPU yet. ``attention`` is the implementation used for prompts;
-    "cudnn" needs a GPU and 16-bit arithmetic. ``mesh`` divides the weights over its "model" axis (see
-    ``models/sharding.py``); by default they stay where they are. Works on abstract models too, and on an AbstractMesh,
-    which gives an abstract model. Arrays that need no change are shared with the model.
+    Query, key and value become one product, and gate and up another, where that is exact; quantized weights get the
+    layout in which they are multiplied. It also works on abstract models. Arrays that need no change are shared with
+    the model.
+
+    Args:
+        model: one of this library's models, quantized or not.
+        weights: the layout of quantized weights. ``"fp8"`` expands 4-bit codes to FP8 once; ``"packed"`` leaves them
+            packed until they are multiplied; ``"fragments"`` lays them out for this library's own GPU kernel, which has
+            not been measured on a GPU yet.
+        attention: the implementation that prompts use, ``"xla"`` or ``"cudnn"``, which needs a GPU and 16-bit
+            arithmetic.
+        mesh: devices over whose "model" axis the weights are divided; by default they stay where they are. An
+            ``AbstractMesh`` gives an abstract model.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        FpqError: an option has an impossible value, or the model cannot be divided over the mesh.
+
+    Example:
+        >>> model = fpq.load("demo-llama")
+        >>> ready = fpq.prepare(model)
+        >>> ready.prepared, model.prepared
+        (True, False)
     """
     on = model.mesh if mesh is None else mesh
     check_layout(weights, None if on is None else on.size)
@@ -53,7 +71,7 @@ def divide(model: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def on_mesh(model: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The model, told that its parameters are on ``mesh`` as ``shardings`` has them."""
+    """Marks the model's parameters as being on ``mesh``, as ``shardings`` has them."""
     model.mesh = mesh
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Embedding):
@@ -111,7 +129,7 @@ class _Placement:
         return _laid_out(arguments, f, tuple(static.items()), tuple(jax.tree.leaves(where)))
 
     def divided(self, kernel: QTensor) -> Any:
-        """Told to ``linear`` where a device has some of the inputs."""
+        """Marked for ``linear`` where a device has some of the inputs."""
         if self.mesh is None or division(self.model_class, self.name) != "inputs":
             return kernel
         return RowParallelKernel(kernel, self.mesh)

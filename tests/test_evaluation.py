@@ -53,7 +53,7 @@ def test_in_pieces_for_which_the_model_is_read_again(tiny_llama, texts, monkeypa
     whole = evaluate(tiny_llama, texts, batch_tokens=64)
     monkeypatch.setattr(evaluation, "windows_at_once", lambda *a: 4)
     reads = []
-    monkeypatch.setattr(evaluation, "ahead", lambda f, names: (reads.append(n) or f(n) for n in names))
+    monkeypatch.setattr(evaluation, "prefetch", lambda f, names: (reads.append(n) or f(n) for n in names))
     pieces = evaluate(tiny_llama, texts, batch_tokens=64)
     assert reads == ["layers.0", "layers.1"] * 3
     assert pieces.weight_bytes == whole.weight_bytes

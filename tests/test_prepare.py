@@ -61,7 +61,7 @@ def test_a_model_with_our_own_kernel(tiny_llama):
     expected = logits(prepare(model))
     np.testing.assert_allclose(logits(ready), expected, atol=1e-5 * np.abs(expected).max())
     prompts = [[1, 5, 9], [7]]
-    found, others = (Generator(prepare(model, how))(prompts, max_new_tokens=8).tokens for how in ("kernel", "fp8"))
+    found, others = (Generator(prepare(model, how))(prompts, max_new_tokens=8).tokens for how in ("fragments", "fp8"))
     assert found == others
     again = prepare(ready, "fp8")  # another form of what is there
     np.testing.assert_array_equal(logits(again), expected)

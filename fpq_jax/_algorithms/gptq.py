@@ -38,7 +38,13 @@ _MAX_DAMPING_STEPS = 8  # each raises the damping tenfold
 
 
 class GptqStats(NamedTuple):
-    """damping: the share of mean(diag H) that made the Cholesky factorization succeed. dead: inputs never seen."""
+    """Holds what GPTQ had to do to succeed.
+
+    Attributes:
+        damping: float32, the share of the mean of the Hessian's diagonal with which the Cholesky factorization
+            succeeded.
+        dead: int32, how many inputs were never seen.
+    """
 
     damping: Float[Array, ""]
     dead: Int[Array, ""]
@@ -47,10 +53,29 @@ class GptqStats(NamedTuple):
 def gptq(
     w: Float[Array, "in out"], hessian: Float[Array, "in in"], spec: QuantSpec, *, damping: float = 0.01
 ) -> QTensor:
-    """Quantize ``w`` [in, out] so that its outputs on inputs with Hessian X^T X [in, in] change least.
+    """Quantizes one weight with GPTQ (Frantar et al., 2022, arXiv 2210.17323, algorithm 1).
 
-    Jittable (``spec`` static) and vmappable. Inputs never seen (zero diagonal) get zero weights, as published.
-    ``damping`` times mean(diag H) is added to the diagonal, ten times more each time Cholesky fails.
+    The codes are chosen so that the weight's outputs change least on inputs with this Hessian. Inputs that were never
+    seen (a zero on the diagonal) get zero weights, as published. It can be jitted (``spec`` static) and vmapped.
+
+    Args:
+        w: ``[in, out]``, any float type.
+        hessian: ``[in, in]``, the sum of x x^T over the inputs x, or any positive multiple of it (see ``hessian``).
+        spec: format, groups and scale constraint.
+        damping: what is added to the Hessian's diagonal, as a share of its mean; ten times more each time that the
+            Cholesky factorization fails, at most eight times.
+
+    Returns:
+        A QTensor of logical shape [in, out].
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> x = jax.random.normal(jax.random.key(1), (256, 8)) @ jax.random.normal(jax.random.key(2), (8, 64))
+        >>> spec = fpq.QuantSpec(group_size=32, constraint="m2")
+        >>> q = fpq.gptq(w, fpq.hessian(x), spec)
+        >>> error = lambda q: jnp.linalg.norm(x @ (fpq.dequantize(q) - w))
+        >>> bool(error(q) < 0.5 * error(fpq.quantize_array(w, spec)))
+        True
     """
     return gptq_with_stats(w, hessian, spec, damping=damping)[0]
 
@@ -59,7 +84,25 @@ def gptq(
 def gptq_with_stats(
     w: Float[Array, "in out"], hessian: Float[Array, "in in"], spec: QuantSpec, *, damping: float | Array = 0.01
 ) -> tuple[QTensor, GptqStats]:
-    """``gptq``, and what it had to do to succeed."""
+    """Quantizes one weight as ``gptq`` does, and reports the damping that this took.
+
+    Args:
+        w: ``[in, out]``, any float type.
+        hessian: ``[in, in]``, the sum of x x^T over the inputs x, or any positive multiple of it.
+        spec: format, groups and scale constraint.
+        damping: what is added to the Hessian's diagonal, as a share of its mean.
+
+    Returns:
+        The QTensor, and a named tuple of the ``damping`` with which the Cholesky factorization succeeded and of
+        ``dead``, the number of inputs that were never seen.
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> x = jax.random.normal(jax.random.key(1), (256, 64)).at[:, 0].set(0.0)
+        >>> q, stats = fpq.gptq_with_stats(w, fpq.hessian(x), fpq.QuantSpec(group_size=32, constraint="m2"))
+        >>> round(float(stats.damping), 3), int(stats.dead)
+        (0.01, 1)
+    """
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     in_features = w.shape[0]
     diagonal = jnp.diagonal(hessian)

@@ -22,7 +22,12 @@ _ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that st
 
 @dataclass(frozen=True, kw_only=True)
 class Lorc:
-    """Low-rank compensation: its rank ("auto": the paper's for the model's size) and what the factors are stored in."""
+    """Describes the low-rank compensation of a recipe.
+
+    Attributes:
+        rank: of the correction; ``"auto"`` is the paper's for the model's size.
+        dtype: what the factors are stored in, ``"bfloat16"`` or ``"int8"``.
+    """
 
     rank: int | Literal["auto"] = 8
     dtype: FactorDtype = "bfloat16"
@@ -37,9 +42,13 @@ class Lorc:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRecipe:
-    """What happens to one Linear.
+    """Describes how one Linear is quantized.
 
-    method: "gptq", or "round" to nearest. damping: GPTQ's, as a share of the mean diagonal of the Hessian.
+    Attributes:
+        spec: format, groups, scale constraint and activations.
+        method: ``"gptq"``, or ``"round"`` to nearest.
+        damping: GPTQ's, as a share of the mean of the Hessian's diagonal.
+        lorc: the low-rank compensation, or None.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -56,10 +65,12 @@ class LinearRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A change for the Linears whose Hugging Face name fits the shell pattern ``match``: skip them, or do otherwise.
+    """Describes what is different for the parameters whose name fits a pattern.
 
-    In a tree that is not one of our models, names are paths, and ``axes`` says what the axes are of the parameters that
-    fit: "in", "out" or "stack" each.
+    Attributes:
+        match: a shell pattern of Hugging Face names, or of paths in a tree that is not one of this library's models.
+        change: how they are quantized, None to leave them as they are.
+        axes: in such a tree, what each axis of the parameters that fit is: ``"in"``, ``"out"`` or ``"stack"``.
     """
 
     match: str
@@ -78,7 +89,27 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The default for every Linear of the decoder, and rules; a later rule wins."""
+    """Describes how a model is quantized: a default for every Linear, and rules that change it for some.
+
+    It is frozen and checked when it is made. A later rule wins. The keys of its YAML, and of ``from_dict``, are
+    ``weight`` (a mapping of ``format``, ``group_size``, ``constraint``, ``exponent_rounding`` and ``compute_rows``, see
+    ``QuantSpec``), ``activation``, ``activation_scale``, ``method`` (``gptq`` or ``round``), ``damping`` (of GPTQ),
+    ``lorc`` (a mapping of ``rank`` and ``dtype``, see ``lorc``; rank ``auto`` is the paper's for the model's size), and
+    ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
+    former keys, with ``axes`` such as ``in out`` for parameters of other trees.
+
+    Attributes:
+        name: what messages and reports call it.
+        default: how a Linear is quantized where no rule fits it.
+        rules: what is different for the parameters that fit a pattern, in order.
+
+    Example:
+        >>> recipe = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(128).with_rule("*.head.*", quantize=False)
+        >>> recipe.default.spec.format, recipe.default.spec.group_size, recipe.default.lorc.rank
+        (e2m1, 128, 'auto')
+        >>> recipe.for_linears(["model.head.kernel", "model.up.kernel"])["model.head.kernel"] is None
+        True
+    """
 
     name: str = "recipe"
     default: LinearRecipe = field(default_factory=LinearRecipe)
@@ -86,7 +117,21 @@ class Recipe:
 
     @classmethod
     def load(cls, name: str | Path) -> "Recipe":
-        """A recipe by its name in configs/ or from a YAML file."""
+        """Loads a recipe by its name, or from a YAML file.
+
+        Args:
+            name: a name in configs/, for instance ``"w4a8-fp-m2-lorc"``, or the path of a YAML file.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            FpqError: there is no such recipe, or the file is not a valid one.
+
+        Example:
+            >>> fpq.Recipe.load("w8a8-fp").default.spec.format
+            e4m3
+        """
         path = Path(name)
         if path.suffix in (".yaml", ".yml") or path.is_file():
             if not path.is_file():
@@ -110,7 +155,22 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "Recipe":
-        """A recipe from plain data, as in YAML; the inverse of ``to_dict``."""
+        """Makes a recipe of plain data, with the keys of the YAML files; the inverse of ``to_dict``.
+
+        Args:
+            options: the keys; what is not given is the default.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            FpqError: a key is unknown, or a value is impossible.
+
+        Example:
+            >>> recipe = fpq.Recipe.from_dict({"weight": {"format": "int4", "group_size": 128}, "method": "round"})
+            >>> recipe.default.spec.format, recipe.default.method
+            (int4, 'round')
+        """
         options = dict(options)
         name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
         default = _linear_recipe(LinearRecipe(), options)
@@ -119,7 +179,16 @@ class Recipe:
         return cls(name=name, default=default, rules=tuple(_rule(_mapping(r, "a rule"), default) for r in rules))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: everything that defines the recipe, defaults included."""
+        """Converts the recipe to plain data: everything that defines it, defaults included.
+
+        Returns:
+            A dict that ``from_dict`` reads.
+
+        Example:
+            >>> recipe = fpq.Recipe.load("w4a8-fp-m2-lorc")
+            >>> fpq.Recipe.from_dict(recipe.to_dict()) == recipe
+            True
+        """
         rules = [
             {
                 "match": r.match,
@@ -131,15 +200,45 @@ class Recipe:
         return {"name": self.name, **_plain(self.default), "rules": rules}
 
     def with_rule(self, match: str, **options: Any) -> "Recipe":
-        """The same recipe with a last rule, its options as in YAML: ``recipe.with_rule("*head*", quantize=False)``."""
+        """Adds a rule after the others.
+
+        Args:
+            match: a shell pattern of names or paths.
+            **options: of the rule, as in the YAML files.
+
+        Returns:
+            The changed recipe.
+
+        Raises:
+            FpqError: a key is unknown, or a value is impossible.
+
+        Example:
+            >>> recipe = fpq.Recipe().with_rule("*.down.*", weight={"format": "e4m3", "group_size": "channel"})
+            >>> recipe.rules[0].change.spec.format
+            e4m3
+        """
         return replace(self, rules=(*self.rules, _rule({"match": match, **options}, self.default)))
 
     def with_group_size(self, group_size: int) -> "Recipe":
-        """The same recipe with another weight group size for every Linear."""
+        """Changes the group size of all weights, those of rules included.
+
+        Args:
+            group_size: how many weights along the input share a scale.
+
+        Returns:
+            The changed recipe.
+        """
         return self._map(lambda r: replace(r, spec=replace(r.spec, group_size=group_size)))
 
     def with_lorc_rank(self, rank: int) -> "Recipe":
-        """The same recipe with ``rank`` where it says auto."""
+        """Changes the rank of LoRC where it is ``"auto"``.
+
+        Args:
+            rank: the rank to use there.
+
+        Returns:
+            The changed recipe.
+        """
 
         def change(r: LinearRecipe) -> LinearRecipe:
             return replace(r, lorc=replace(r.lorc, rank=rank)) if r.lorc is not None and r.lorc.rank == "auto" else r
@@ -151,7 +250,17 @@ class Recipe:
         return replace(self, default=change(self.default), rules=rules)
 
     def for_linears(self, names: Iterable[str]) -> dict[str, LinearRecipe | None]:
-        """What to do to each Linear, None to leave it; a rule that fits none is an error."""
+        """Decides how each Linear is quantized.
+
+        Args:
+            names: the names of all Linears.
+
+        Returns:
+            How each is quantized, None to leave it as it is.
+
+        Raises:
+            FpqError: a rule fits none of the names or says axes, or every Linear is left as it is.
+        """
         names = list(names)
         chosen: dict[str, LinearRecipe | None] = dict.fromkeys(names, self.default)
         for rule in self.rules:
@@ -166,14 +275,33 @@ class Recipe:
         return chosen
 
     def fitting(self, rule: Rule, names: list[str], what: str) -> list[str]:
-        """The names that a rule fits; none is an error."""
+        """Finds the names that a rule fits.
+
+        Args:
+            rule: the rule.
+            names: the names of all parameters.
+            what: what the names are of, for the message.
+
+        Returns:
+            The names that fit, at least one.
+
+        Raises:
+            FpqError: no name fits.
+        """
         fitting = fnmatch.filter(names, rule.match)
         if not fitting:
             raise FpqError(f"Recipe {self.name}: no {what} fits {rule.match!r}{_near(rule.match, names)}.")
         return fitting
 
     def about(self, names: list[str]) -> "Recipe":
-        """The recipe without the rules that fit none of the names."""
+        """Drops the rules that fit none of the names.
+
+        Args:
+            names: the names of some parameters.
+
+        Returns:
+            The changed recipe.
+        """
         return replace(self, rules=tuple(rule for rule in self.rules if fnmatch.filter(names, rule.match)))
 
 

@@ -38,7 +38,20 @@ class CalibrationStats(NamedTuple):
 
 
 def hessian(x: Float[Array, "*batch in"], mask: Shaped[Array, "*batch"] | None = None) -> Float[Array, "in in"]:
-    """X^T X of a batch of inputs in float32; positions where ``mask`` is zero are left out."""
+    """Computes the Hessian of a batch of inputs for GPTQ: the sum of x x^T over the inputs x.
+
+    Args:
+        x: ``[..., in]``, any float type.
+        mask: ``[...]``, zero at the positions that are left out; None for all.
+
+    Returns:
+        float32 ``[in, in]``.
+
+    Example:
+        >>> fpq.hessian(jnp.array([[1.0, 2.0], [3.0, 4.0]]), mask=jnp.array([1, 0]))
+        Array([[1., 2.],
+               [2., 4.]], dtype=float32)
+    """
     x = _rows(x, mask)
     return matmul(x.T, x)
 

@@ -27,9 +27,23 @@ from fpq_jax.models.sharding import check_division, shardings
 
 
 def save(directory: str | Path, model: Any) -> None:
-    """Write a model (quantized or not) to a new directory that ``load`` reads; refused if it holds anything.
+    """Saves a model or a tree of parameters to a new directory, from which ``load`` loads it.
 
-    ``model``: one of our models, or any tree of arrays and QTensors.
+    The directory appears when it is complete.
+
+    Args:
+        directory: where to write; it must not exist or be empty.
+        model: one of this library's models, quantized or not, or any tree of arrays and QTensors.
+
+    Raises:
+        FpqError: the directory is not empty or cannot be written, or the model was prepared (see ``prepare``).
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> params = {"kernel": fpq.quantize_array(w, fpq.QuantSpec(group_size=32)), "bias": jnp.zeros(32)}
+        >>> fpq.save("model-w4a8", params)
+        >>> fpq.load("model-w4a8", like=params)["kernel"].shape
+        (64, 32)
     """
     if not isinstance(model, Decoder):
         with new_directory(Path(directory)) as folder:
@@ -51,18 +65,34 @@ def load(
     mesh: Mesh | None = None,
     like: Any = None,
 ) -> Any:
-    """The model in a directory that quantize or ``save`` wrote, a Hugging Face folder, or a hub id.
+    """Loads a model, or a tree of parameters that ``save`` wrote.
 
-    ``dtype`` is what the unquantized parameters are held in, by default as stored (float32 for float16 to be run on a
-    CPU, which has no such products). ``weights`` prepares the model to be run (see ``prepare``): "fp8" turns packed
-    4-bit codes into FP8 once, exactly, where their scales allow it; "packed" leaves them packed, half the memory, and
-    expands them in each product; "fragments" lays them out for our own kernel, which has not been measured on a GPU
-    yet. None leaves everything as stored, for ``save``. ``mesh`` (see ``make_mesh``) divides the weights over its
-    "model" axis as they are read; each device reads its own part. Raises FpqError.
+    Args:
+        directory: what ``python -m fpq_jax.quantize`` or ``save`` wrote, a Hugging Face folder, a hub id, or a demo
+            model (``"demo-llama"``, ``"demo-opt"``).
+        dtype: of the parameters that are not quantized; by default as stored (float32 for float16 that is to run on a
+            CPU, which has no such products).
+        weights: the layout of quantized weights to run with (see ``prepare``). ``"fp8"`` expands packed 4-bit codes to
+            FP8 once, exactly, where their scales allow it; ``"packed"`` leaves them packed, half the memory, and
+            expands them in each product; ``"fragments"`` lays them out for this library's own GPU kernel, which has not
+            been measured on a GPU yet. None leaves everything as stored, for ``save``.
+        mesh: devices over whose "model" axis the weights are divided as they are read, each device reading its own part
+            (see ``make_mesh``).
+        like: for a tree that is not one of this library's models, the tree before or after it was quantized, of arrays
+            or shapes, or a function that makes it. It gives the structure and, with its shardings, the place of each
+            array. No other option applies then (see ``expand_params``).
 
-    For any other tree that ``save`` wrote: ``like`` is the tree before or after it was quantized, of arrays or
-    shapes, or a function that makes it, and says the structure, and with its shardings where each array goes; no other
-    option applies (see ``expand_params``).
+    Returns:
+        The model, called as ``model(tokens [B, T])`` for logits [B, T, V], or the tree.
+
+    Raises:
+        FpqError: there is no such model or it cannot be read, it does not divide over the mesh, or an option does not
+            apply.
+
+    Example:
+        >>> model = fpq.load("demo-llama", weights="fp8")
+        >>> jax.eval_shape(model, jnp.zeros((1, 8), jnp.int32)).shape
+        (1, 8, 4096)
     """
     if weights is not None:
         check_layout(weights, None if mesh is None else mesh.size)

@@ -26,8 +26,21 @@ _MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serv
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: each row's new ones, without the prompt. Seconds of the prompts and of all later steps, compilation left
-    out; the steps; bytes of the cache."""
+    """Holds what a ``Generator`` generated, and how long that took without compilation.
+
+    Attributes:
+        tokens: the new token ids of each row, without the prompt.
+        prefill_seconds: time of the prompts, which gives each row its first token.
+        decode_seconds: time of all later steps.
+        decode_steps: how many later steps there were.
+        cache_bytes: size of the key-value cache.
+
+    Example:
+        >>> generate = fpq.Generator(fpq.load("demo-llama"))
+        >>> generated = generate([[0, 17, 42], [0, 5]], max_new_tokens=4)
+        >>> generated.decode_steps, generated.decode_seconds > 0
+        (3, True)
+    """
 
     tokens: list[list[int]]
     prefill_seconds: float
@@ -38,7 +51,19 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability. FpqError for nonsense."""
+    """Describes how the next token is sampled from a model's logits.
+
+    Attributes:
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_p: samples from the likeliest tokens that together have this probability.
+
+    Raises:
+        FpqError: the temperature is negative, or ``top_p`` is not in (0, 1].
+
+    Example:
+        >>> fpq.Sampling(temperature=0.8, top_p=0.95)
+        Sampling(temperature=0.8, top_p=0.95)
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -61,10 +86,22 @@ def cache_dtype(model: Any, kv_cache: str) -> DTypeLike:
 
 
 class Generator:
-    """Continues prompts with one model; keeps the programs that it compiled.
+    """Continues prompts with one model, keeping the programs that it compiled.
 
-    ``kv_cache`` "float8" holds keys and values as E4M3 codes with a scale per head and token: half the memory of
-    16 bits. A model that was prepared (``load(..., weights="fp8")``) is fastest.
+    A model that was prepared (``load(..., weights="fp8")``) is fastest.
+
+    Args:
+        model: one of this library's models, quantized or not.
+        kv_cache: what keys and values are held in, ``"model"`` (the model's dtype) or ``"float8"``: E4M3 codes with a
+            scale for each head and token, half the memory of 16 bits.
+
+    Raises:
+        FpqError: ``kv_cache`` is neither.
+
+    Example:
+        >>> generate = fpq.Generator(fpq.load("demo-llama"))
+        >>> [len(row) for row in generate([[0, 17, 42], [0, 5]], max_new_tokens=4).tokens]
+        [4, 4]
     """
 
     def __init__(self, model: Any, *, kv_cache: str = "model"):
@@ -83,11 +120,23 @@ class Generator:
         seed: int = 0,
         on_token: Callable[[int, int], None] = lambda row, token: None,
     ) -> Generated:
-        """Continue each prompt, a list of token ids; greedy rows are what they would be alone.
+        """Continues each prompt, all of them as one batch; greedy rows are what they would be alone.
 
-        A row ends after ``max_new_tokens``, at a token of ``stop`` (not returned), or at the model's last position.
-        ``on_token`` is told each row's index and new tokens as they come. FpqError for prompts that cannot be
-        continued.
+        A row ends after ``max_new_tokens``, at a token of ``stop``, or at the model's last position.
+
+        Args:
+            prompts: token ids of each prompt.
+            max_new_tokens: the most tokens that a row is continued by.
+            sampling: how tokens are sampled; greedy by default.
+            stop: token ids that end a row; they are not returned.
+            seed: of the random numbers. They depend on the row and the position.
+            on_token: called as ``on_token(row, token)`` with each new token as it comes.
+
+        Returns:
+            The new tokens of each row, with times.
+
+        Raises:
+            FpqError: ``max_new_tokens`` is less than 1, or a prompt is empty or as long as the model's positions.
         """
         if max_new_tokens < 1:
             raise FpqError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")

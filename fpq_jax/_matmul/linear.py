@@ -10,7 +10,7 @@
 - "dequantized", free scales of several groups: the weight, rounded to bfloat16, and the activation's codes in it;
 - "weight_only", activations left alone: the dequantized weight in the activation's dtype.
 
-Codes in the order of our own kernel (``kernels.Fragments``) are multiplied by it for few tokens, and for many as above
+Codes in the order of our own kernel (``Fragments``) are multiplied by it for few tokens, and for many as above
 from packed codes.
 
 Scales come behind the product, then LoRC in bfloat16, then the bias. Gradients flow to the input, straight through its
@@ -56,8 +56,31 @@ def linear(
     kernel: Float[Array, "in out"] | QTensor | Fragments | RowParallelKernel,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x @ kernel + bias in the dtype of ``x``; kernel [in, out] is an array or a QTensor, or what
-    ``expand_params`` makes of one."""
+    """Multiplies inputs by a kernel, quantized or not: ``x @ kernel + bias``.
+
+    A QTensor is multiplied as its spec says: activations quantized by token, and one FP8 product over all inputs where
+    the weight has an FP8 form. Gradients flow to ``x`` (straight through its rounding), to the factors of LoRC and to
+    the bias, not to codes and scales.
+
+    Args:
+        x: ``[..., in]``, any float type.
+        kernel: ``[in, out]``, an array, a QTensor, or what ``expand_params`` makes of one.
+        bias: ``[out]``, or None.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+
+    Raises:
+        FpqError: an exponent is out of the range in which the weight expands to FP8 exactly.
+
+    Example:
+        >>> x = jax.random.normal(jax.random.key(0), (4, 64))
+        >>> w = jax.random.normal(jax.random.key(1), (64, 32))
+        >>> q = fpq.quantize_array(w, fpq.QuantSpec(format="e4m3", group_size="channel"))
+        >>> error = jnp.linalg.norm(fpq.linear(x, q) - x @ w) / jnp.linalg.norm(x @ w)
+        >>> bool(error < 0.06)
+        True
+    """
     return linears(x, [(kernel, bias)])[0]
 
 

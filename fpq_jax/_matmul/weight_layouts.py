@@ -1,10 +1,10 @@
-"""What is done once to weights that are loaded to be multiplied: in which form they stay in memory.
+"""The layouts in which weights stay in memory while a model runs, and the change to them.
 
 - "fp8": whatever has an FP8 form is expanded to it, a byte per weight, and padded to FP8's multiple: fastest.
 - "packed": 4-bit codes stay packed, half a byte per weight, and are expanded inside each product: for models that would
   not fit otherwise, and where many tokens share the expansion;
-- "fragments": 4-bit codes are laid out for our own kernel (see ``kernels``), half a byte per weight, and not expanded
-  where the tokens are few. It has not been measured: no GPU has run it yet.
+- "fragments": 4-bit codes are laid out for our own kernel (see ``fp4_kernel``), half a byte per weight, and not
+  expanded where the tokens are few. It has not been measured: no GPU has run it yet.
 
 All are exact, so they give the same results ("fragments" but for the order of float32 sums, and without the rounding to
 bfloat16 of weights with free scales).
@@ -44,7 +44,7 @@ def check_any_for_fragments(leaves: Iterable[Any], layout: str) -> None:
 
 
 def to_layout(kernel: Any, layout: str, *, pad: bool = True) -> Any:
-    """A kernel in the form in which it stays in memory; arrays, and weights without an FP8 form, stay as they are.
+    """A kernel in the layout in which it stays in memory; arrays, and weights without an FP8 form, stay as they are.
     With "fragments", what our kernel is not for is as with "fp8".
 
     ``pad`` False leaves padding to ``linear``: zeros behind the last row or column would move the parts of a weight

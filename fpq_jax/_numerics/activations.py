@@ -14,9 +14,12 @@ _MANY_TOKENS = 1024  # kernels of a decoder layer were counted for 256 and 2048
 
 
 class QuantizedTokens(NamedTuple):
-    """codes [..., in] of activations, and what makes numbers of them: (values - zero) * scale.
+    """Holds quantized activations, whose values are ``(values of the codes - zero) * scale``.
 
-    scale: float32 [..., 1], or [1] if static. zero: uint8, shaped alike, for asymmetric integers, otherwise None.
+    Attributes:
+        codes: ``[..., in]``.
+        scale: float32 ``[..., 1]``, or ``[1]`` if static.
+        zero: uint8 in the shape of ``scale`` for asymmetric integers, otherwise None.
     """
 
     codes: Any
@@ -27,9 +30,29 @@ class QuantizedTokens(NamedTuple):
 def quantize_tokens(
     x: Float[Array, "*batch in"], fmt: Format, fixed: Scale | None = None, *, axis: str | None = None
 ) -> QuantizedTokens:
-    """Codes of ``x`` and one scale per token (absmax / format max; 1 for a token of zeros), or the ``fixed`` one.
+    """Quantizes activations, with one scale for each token: the largest magnitude over the format's largest value.
 
-    ``axis``: under ``shard_map``, the mesh axis that a token's inputs are divided over.
+    A token of zeros has the scale 1. Asymmetric integers cover the range of a token's values and 0 instead, with a zero
+    point.
+
+    Args:
+        x: ``[..., in]``, any float type.
+        fmt: format of the codes.
+        fixed: a static scale to use instead, as in ``Hessians.fixed``.
+        axis: under ``jax.shard_map``, the mesh axis that the inputs of a token are divided over.
+
+    Returns:
+        A named tuple with ``codes`` ``[..., in]``, ``scale`` float32 ``[..., 1]`` (``[1]`` if static), and ``zero``,
+        the uint8 zero points of asymmetric integers, otherwise None.
+
+    Example:
+        >>> x = jax.random.normal(jax.random.key(0), (2, 8, 64))
+        >>> tokens = fpq.quantize_tokens(x, fpq.E4M3)
+        >>> tokens.codes.dtype, tokens.scale.shape
+        (dtype(float8_e4m3fn), (2, 8, 1))
+        >>> error = jnp.abs(fpq.decode(tokens.codes, fpq.E4M3) * tokens.scale - x)
+        >>> bool((error <= jnp.abs(x) / 16 + tokens.scale * 2**-10).all())
+        True
     """
     if fixed is not None:
         codes, scale = _codes(x, fmt, fixed), fixed

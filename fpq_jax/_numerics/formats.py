@@ -24,12 +24,54 @@ from fpq_jax._errors import FpqError
 
 @dataclass(frozen=True, repr=False)
 class Format(abc.ABC):
-    """A number format; one of FloatFormat and IntFormat.
+    """Defines a number format: the values that it holds, how numbers are rounded to them, and their codes.
 
-    max: the largest value (of an asymmetric integer: the highest level). bits: storage of one code.
-    dtype: the native JAX type of the codes, None for uint8 codes; 4-bit ones are stored packed, two to a byte.
-    table: float32 [2**bits], the value of each uint8 code, NaN for those that are no number; None with a native type.
-    grid: the values that a cast gives, ascending, float32.
+    The formats are constants of ``fpq_jax``; a ``QuantSpec`` and a recipe also take them by name.
+
+    ===============  ===============  ====  ======  ==========================================
+    constant         name             bits  max     values
+    ===============  ===============  ====  ======  ==========================================
+    ``E4M3``         e4m3             8     448     float, codes are ``float8_e4m3fn``
+    ``E5M2``         e5m2             8     57344   float, codes are ``float8_e5m2``
+    ``E2M1``         e2m1             4     6       float
+    ``E3M0``         e3m0             4     16      float, powers of two and zero
+    ``E4M3_QTORCH``  e4m3-qtorch      8     480     float, ties away from zero
+    ``E5M2_QTORCH``  e5m2-qtorch      8     114688  float, ties away from zero
+    ``E2M1_QTORCH``  e2m1-qtorch      4     6       float, ties away from zero
+    ``E3M0_QTORCH``  e3m0-qtorch      4     16      float, ties away from zero
+    ``INT8``         int8             8     127     symmetric integer, codes are ``int8``
+    ``INT4``         int4             4     7       symmetric integer
+    ``INT8_ASYM``    int8-asym        8     255     asymmetric integer, codes are ``int8``
+    ``INT4_ASYM``    int4-asym        4     15      asymmetric integer
+    ===============  ===============  ====  ======  ==========================================
+
+    Floats: a value is ``sign * 2**e * 1.f``, with subnormals. Rounding is to nearest and saturates. Ties go to the even
+    code (in E3M0, which has no mantissa, the one with an even exponent field), and away from zero in the variants of
+    the QTorch library, which the authors of ZeroQuant-FP used.
+
+    Integers: symmetric ones are signed, from ``-max`` to ``max``. Asymmetric ones are the levels 0 to ``max``, counted
+    from a zero point that is stored with the scale. Ties go to the even integer.
+
+    Sources: the OCP specifications of FP8 and of MX; ZeroQuant-FP (Wu et al., 2023, arXiv 2307.09782), section 3;
+    ZeroQuant-V2 (Yao et al., 2023, arXiv 2303.08302) for the integers.
+
+    Attributes:
+        name: the name in recipes, for instance ``"e2m1"``.
+        bits: size of one code.
+        max: the largest value (of an asymmetric integer, the highest level).
+        dtype: name of the JAX type of the codes, or None for uint8 codes. Codes of 4 bits are stored two to a byte.
+        table: float32 ``[2**bits]``, the value of each uint8 code, NaN for a code that is no number; None with a JAX
+            type.
+        grid: float32, all values of the format in ascending order.
+
+    Example:
+        >>> fpq.E2M1.grid
+        array([-6. , -4. , -3. , -2. , -1.5, -1. , -0.5,  0. ,  0.5,  1. ,  1.5,
+                2. ,  3. ,  4. ,  6. ], dtype=float32)
+        >>> fpq.E4M3.bits, fpq.E4M3.max, fpq.E4M3.dtype
+        (8, 448.0, 'float8_e4m3fn')
+        >>> fpq.QuantSpec(format="int4-asym").format is fpq.INT4_ASYM
+        True
     """
 
     name: str
@@ -41,22 +83,25 @@ class Format(abc.ABC):
 
     @property
     def packed(self) -> bool:
+        """Whether codes are stored two to a byte."""
         return self.bits == 4
 
     @property
     def asymmetric(self) -> bool:
-        """Whether values count from a zero point."""
+        """Whether values are counted from a zero point."""
         return False
 
     @property
     def is_float8(self) -> bool:
-        """Whether codes are a native 8-bit float type."""
+        """Whether codes are a JAX 8-bit float type."""
         return self.dtype is not None and self.dtype.startswith("float8")
 
     @functools.cached_property
     def exact_shifts(self) -> tuple[int, int]:
-        """(low, high): every code's value times 2**j is a float8_e4m3fn number exactly for the integers j from low to
-        high; (0, -1) if there are none."""
+        """The range (low, high) of integers j with which every value times ``2**j`` is exact in ``float8_e4m3fn``.
+
+        It is (0, -1) where there is no such j.
+        """
         if self.table is None or self.asymmetric:
             return 0, -1
         e4m3, finite = set(E4M3.grid.tolist()), self.table[np.isfinite(self.table)].astype(np.float64)
@@ -65,17 +110,41 @@ class Format(abc.ABC):
 
     @property
     def expands(self) -> bool:
-        """Whether its codes are, or become without a rounding, native 8-bit floats."""
+        """Whether codes are 8-bit floats, or become 8-bit floats without rounding."""
         return self.is_float8 or self.exact_shifts[0] <= self.exact_shifts[1]
 
     @abc.abstractmethod
     def cast(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The public function of this name; so are ``encode`` and ``decode``."""
+        """Rounds to the format's values; see ``fpq_jax.cast``.
+
+        Args:
+            x: ``[...]``, any float type.
+
+        Returns:
+            ``[...]`` in the dtype of ``x``.
+        """
 
     @abc.abstractmethod
-    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]: ...
+    def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]:
+        """Encodes values; see ``fpq_jax.encode``.
+
+        Args:
+            x: ``[...]``, any float type.
+
+        Returns:
+            ``[...]`` codes, of the format's ``dtype`` or uint8.
+        """
 
     def decode(self, codes: Shaped[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+        """Decodes codes; see ``fpq_jax.decode``.
+
+        Args:
+            codes: ``[...]`` as ``encode`` gives them.
+            dtype: of the result.
+
+        Returns:
+            ``[...]`` values.
+        """
         if self.table is None:
             return codes.astype(dtype)
         return jnp.asarray(self.table, dtype)[codes]
@@ -215,17 +284,29 @@ class IntFormat(Format):
         return codes if self.dtype is not None else (self.decode(codes, jnp.float32) - self.offset).astype(jnp.int8)
 
 
+#: The 8-bit float with 4 exponent and 3 mantissa bits, up to 448; codes are ``float8_e4m3fn``.
 E4M3 = FloatFormat.make("e4m3", 4, 3, 448.0, "float8_e4m3fn")
+#: The 8-bit float with 5 exponent and 2 mantissa bits, up to 57344; codes are ``float8_e5m2``.
 E5M2 = FloatFormat.make("e5m2", 5, 2, 57344.0, "float8_e5m2")
+#: The 4-bit float with 2 exponent bits and 1 mantissa bit, up to 6.
 E2M1 = FloatFormat.make("e2m1", 2, 1, 6.0)
+#: The 4-bit float with 3 exponent bits and no mantissa, up to 16.
 E3M0 = FloatFormat.make("e3m0", 3, 0, 16.0)
+#: E4M3 as in the QTorch library, up to 480, with ties away from zero.
 E4M3_QTORCH = FloatFormat.make("e4m3-qtorch", 4, 3, 480.0, ties="away")
+#: E5M2 as in the QTorch library, up to 114688, with ties away from zero.
 E5M2_QTORCH = FloatFormat.make("e5m2-qtorch", 5, 2, 114688.0, ties="away")
+#: E2M1 as in the QTorch library, with ties away from zero.
 E2M1_QTORCH = FloatFormat.make("e2m1-qtorch", 2, 1, 6.0, ties="away")
+#: E3M0 as in the QTorch library, with ties away from zero.
 E3M0_QTORCH = FloatFormat.make("e3m0-qtorch", 3, 0, 16.0, ties="away")
+#: The symmetric 8-bit integer, -127 to 127.
 INT8 = IntFormat.make("int8", 8)
+#: The symmetric 4-bit integer, -7 to 7.
 INT4 = IntFormat.make("int4", 4)
+#: The asymmetric 8-bit integer, levels 0 to 255 counted from a zero point.
 INT8_ASYM = IntFormat.make("int8-asym", 8, asymmetric=True)
+#: The asymmetric 4-bit integer, levels 0 to 15 counted from a zero point.
 INT4_ASYM = IntFormat.make("int4-asym", 4, asymmetric=True)
 
 _FLOATS = (E4M3, E5M2, E2M1, E3M0, E4M3_QTORCH, E5M2_QTORCH, E2M1_QTORCH, E3M0_QTORCH)
@@ -242,33 +323,99 @@ def get_format(name: Any) -> Format:
 
 
 def cast(x: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """Round each value to the nearest one of the format, keeping the dtype; saturates, NaN stays NaN, and -0 stays -0
-    in floats. Levels of asymmetric integers are counted from 0."""
+    """Rounds each number to the nearest value of a format.
+
+    Numbers beyond the largest value saturate, NaN stays NaN, and floats keep the sign of zero. For asymmetric integers
+    the result is the level, counted from 0.
+
+    Args:
+        x: ``[...]``, any float type.
+        fmt: the format.
+
+    Returns:
+        ``[...]`` in the dtype of ``x``.
+
+    Example:
+        >>> fpq.cast(jnp.array([0.2, 2.4, 2.5, -100.0]), fpq.E2M1)
+        Array([ 0.,  2.,  2., -6.], dtype=float32)
+    """
     return fmt.cast(x)
 
 
 def encode(x: Float[Array, "..."], fmt: Format) -> Shaped[Array, "..."]:
-    """Codes of the nearest values: the format's native dtype, uint8 where it has none.
+    """Encodes each number as the code of the nearest value of a format, rounded as ``cast`` does.
 
-    NaN stays NaN in native floats; the other formats have no NaN, and its code there is unspecified.
+    NaN stays NaN in the formats with a JAX type of their own. The others have no NaN, and its code is unspecified
+    there.
+
+    Args:
+        x: ``[...]``, any float type.
+        fmt: the format.
+
+    Returns:
+        ``[...]`` codes of the format's ``dtype``, uint8 where it has none. Floats have the sign in the highest bit;
+        codes of 4 bits are not packed yet (see ``pack``).
+
+    Example:
+        >>> fpq.encode(jnp.array([0.5, -0.5, 6.0]), fpq.E2M1)
+        Array([1, 9, 7], dtype=uint8)
+        >>> fpq.encode(jnp.array([0.5, 1000.0]), fpq.E4M3)
+        Array([0.5, 448], dtype=float8_e4m3fn)
     """
     return fmt.encode(x)
 
 
 def decode(codes: Shaped[Array, "..."], fmt: Format, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
-    """The values of codes; exact in float32 and bfloat16, and those of 4-bit formats in float8_e4m3fn."""
+    """Decodes codes to the values that they stand for.
+
+    Args:
+        codes: ``[...]`` as ``encode`` gives them, not packed.
+        fmt: the format.
+        dtype: of the result. Values are exact in float32 and bfloat16, and those of 4-bit formats also in
+            ``float8_e4m3fn``.
+
+    Returns:
+        ``[...]`` values.
+
+    Example:
+        >>> fpq.decode(jnp.array([1, 9, 7], jnp.uint8), fpq.E2M1)
+        Array([ 0.5, -0.5,  6. ], dtype=float32)
+    """
     return fmt.decode(codes, dtype)
 
 
 def pack(codes: UInt8[Array, "*rows n"]) -> UInt8[Array, "*rows half"]:
-    """Two 4-bit codes to a byte along the last axis, the even index in the low half; an odd end is filled with 0."""
+    """Packs 4-bit codes two to a byte along the last axis.
+
+    Args:
+        codes: uint8 ``[..., n]``, each below 16.
+
+    Returns:
+        uint8 ``[..., ceil(n / 2)]``. The code with the even index is in the low four bits; an odd end is filled with 0.
+
+    Example:
+        >>> fpq.pack(jnp.array([1, 2, 3], jnp.uint8))  # 0x21 and 0x03
+        Array([33,  3], dtype=uint8)
+    """
     if codes.shape[-1] % 2:
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def unpack(packed: UInt8[Array, "*rows half"], size: int) -> UInt8[Array, "*rows n"]:
-    """The ``size`` 4-bit codes that ``pack`` put together."""
+    """Unpacks the 4-bit codes that ``pack`` packed.
+
+    Args:
+        packed: uint8 ``[..., ceil(size / 2)]``.
+        size: how many codes there are along the last axis.
+
+    Returns:
+        uint8 ``[..., size]``, each below 16.
+
+    Example:
+        >>> fpq.unpack(jnp.array([33, 3], jnp.uint8), 3)
+        Array([1, 2, 3], dtype=uint8)
+    """
     codes = jnp.stack([packed & 15, packed >> 4], axis=-1)
     return codes.reshape(*packed.shape[:-1], -1)[..., :size]
 

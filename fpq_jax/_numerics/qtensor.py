@@ -1,4 +1,4 @@
-"""QTensor, the quantized weight: codes, scales and a low-rank correction in one pytree leaf-to-be.
+"""QTensor, the quantized weight: codes, scales and a low-rank correction in one pytree.
 
 Logical shape [in, out] like a Flax kernel; codes are stored [out, in], contraction last, as FP8 tensor cores want them.
 """
@@ -24,10 +24,21 @@ Kind = Literal["stack", "in", "out"]
 
 @dataclass(frozen=True)
 class Axes:
-    """The parameter that a QTensor stands for: what each of its axes is, and the sizes of those that are no stack.
+    """Describes the parameter that a QTensor stands for: what each of its axes is, and how large.
 
-    A weight's inputs and outputs may be several axes each; over "stack" axes there is a weight of its own for each
-    index. A QTensor's arrays have its stack axes in front, as many as there are left after a scan or an index.
+    The inputs and the outputs of a weight may be several axes each. An axis of kind "stack" indexes separate weights,
+    such as scanned layers or experts. A QTensor's arrays have the stack axes in front, as many as are left after a scan
+    or an index.
+
+    Attributes:
+        kinds: ``"in"``, ``"out"`` or ``"stack"`` for each axis.
+        sizes: the sizes of the axes that are not "stack", in order.
+        dtype: name of the parameter's dtype.
+
+    Example:
+        >>> axes = fpq.Axes.of(("in", "out", "out"), (64, 4, 16), jnp.bfloat16)  # to 4 heads of size 16
+        >>> axes
+        Axes(kinds=('in', 'out', 'out'), sizes=(64, 4, 16), dtype='bfloat16')
     """
 
     kinds: tuple[Kind, ...]
@@ -36,12 +47,28 @@ class Axes:
 
     @classmethod
     def of(cls, kinds: Sequence[Kind], shape: Sequence[int], dtype: DTypeLike) -> "Axes":
-        """Of a parameter of this shape and dtype."""
+        """Describes a parameter by its shape and dtype.
+
+        Args:
+            kinds: ``"in"``, ``"out"`` or ``"stack"`` for each axis.
+            shape: the parameter's shape.
+            dtype: the parameter's dtype.
+
+        Returns:
+            The axes of the parameter.
+        """
         sizes = tuple(n for n, kind in zip(shape, kinds, strict=True) if kind != "stack")
         return cls(tuple(kinds), sizes, str(jnp.dtype(dtype)))
 
     def with_stack(self, count: int) -> "Axes":
-        """With ``count`` stack axes: leading ones are gone, or new ones are in front."""
+        """Changes the number of stack axes: removes the first ones, or adds new ones in front.
+
+        Args:
+            count: how many stack axes there shall be.
+
+        Returns:
+            The changed axes.
+        """
         kinds: list[Kind] = list(self.kinds)
         for _ in range(self.kinds.count("stack"), count):
             kinds.insert(0, "stack")
@@ -50,7 +77,14 @@ class Axes:
         return replace(self, kinds=tuple(kinds))
 
     def shape(self, stack: Sequence[int]) -> tuple[int, ...]:
-        """The parameter's shape; ``stack``: the sizes of its stack axes."""
+        """Computes the parameter's shape.
+
+        Args:
+            stack: the sizes of the stack axes.
+
+        Returns:
+            The size of each axis.
+        """
         stacks, sizes = iter(stack), iter(self.sizes)
         return tuple(next(stacks) if kind == "stack" else next(sizes) for kind in self.kinds)
 
@@ -58,14 +92,31 @@ class Axes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """The product a @ diag(scale) @ b: a [in, r], b [r, out], bfloat16, or INT8 codes with ``scale`` float32 [r]."""
+    """Holds a low-rank matrix in factors, ``a @ diag(scale) @ b``: the correction that LoRC adds to a weight.
+
+    It is a pytree.
+
+    Attributes:
+        a: ``[in, r]``, bfloat16 or int8.
+        b: ``[r, out]``, of the dtype of ``a``.
+        scale: float32 ``[r]`` with int8 factors, otherwise None.
+
+    Example:
+        >>> low_rank = fpq.LowRank(jnp.ones((4, 1), jnp.bfloat16), jnp.ones((1, 3), jnp.bfloat16))
+        >>> low_rank.product().shape
+        (4, 3)
+    """
 
     a: Any
     b: Any
     scale: Any = None
 
     def product(self) -> Float[Array, "in out"]:
-        """The correction in float32."""
+        """Multiplies the factors.
+
+        Returns:
+            float32 ``[in, out]``.
+        """
         a = self.a.astype(jnp.float32)
         a = a if self.scale is None else a * self.scale
         return jnp.matmul(a, self.b.astype(jnp.float32), precision="highest")
@@ -74,17 +125,34 @@ class LowRank:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized weight of logical shape [in, out]; a pytree of arrays whose ``spec`` and ``shape`` are static.
+    """Holds a quantized weight of logical shape [in, out]: codes, scales and a low-rank correction.
 
-    codes: float8, int8 or uint8 [out, in], or two 4-bit codes to a byte, uint8 [out, ceil(in / 2)]. Float8 ones may be
-        padded with zeros (see ``_residency``); ``shape`` is what counts.
-    row_scale: float32 [out, 1] ([1, 1] for one scale per tensor); None when every group has a free scale of its own.
-    exponents: int8 [out, groups] under M1 and M2: a group's scale is row_scale * 2**exponent.
-    group_scale: float32 [out, groups]: free scales of several groups.
-    zero: uint8, shaped like the scale: zero points of asymmetric integers, whose values are scale * (level - zero).
-    input_scale, input_zero: float32 and uint8 [1]: static scale (and zero point) of the activations.
-    low_rank: LoRC's correction, or None.
-    axes: of the parameter that it stands for, where that has not just the axes [in, out].
+    It is a pytree of arrays whose ``spec``, ``shape`` and ``axes`` are static. Codes are stored [out, in], contraction
+    last, as FP8 tensor cores want them. Under ``jax.vmap`` all arrays get leading stack axes.
+
+    Attributes:
+        codes: ``[out, in]`` in float8, int8 or uint8, or two 4-bit codes to a byte, uint8 ``[out, ceil(in / 2)]``.
+            Float8 codes may be padded with zeros; ``shape`` has the sizes that count.
+        row_scale: float32 ``[out, 1]``, or ``[1, 1]`` for one scale of the tensor; None where every group has a free
+            scale.
+        exponents: int8 ``[out, groups]`` under M1 and M2, where a group's scale is ``row_scale * 2**exponent``.
+        group_scale: float32 ``[out, groups]``, free scales of several groups.
+        zero: uint8 in the shape of the scales, zero points of asymmetric integers, whose values are ``scale * (level -
+            zero)``.
+        input_scale: float32 ``[1]``, the static scale of the activations; None where each token has its own.
+        input_zero: uint8 ``[1]``, the static zero point of the activations.
+        low_rank: the correction of LoRC, or None.
+        spec: the ``QuantSpec`` that it was quantized with.
+        shape: (in, out).
+        axes: the ``Axes`` of the parameter that it stands for; None where these are just [in, out].
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> q = fpq.quantize_array(w, fpq.QuantSpec(group_size=32, constraint="m2"))
+        >>> q.codes.shape, q.row_scale.shape, q.exponents.shape
+        ((32, 32), (32, 1), (32, 2))
+        >>> q.bits_per_weight  # 4 of the code, 32 / 64 of the row's scale, 8 / 32 of the group's exponent
+        4.75
     """
 
     codes: Any
@@ -101,36 +169,53 @@ class QTensor:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Of how many weights, by axis: arrays made under vmap have such axes in front."""
+        """The sizes of the stack axes, which arrays made under ``jax.vmap`` have in front."""
         return tuple(self.codes.shape[:-2])
 
     @property
     def ndim(self) -> int:
+        """The number of axes of one weight, which is 2."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Number of weights, those of a stack of tensors (made under vmap) together."""
+        """The number of weights, of all matrices of a stack together."""
         return math.prod(self.stack) * math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored."""
+        """The bytes of everything stored."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored (codes, scales, exponents, low-rank factors) over the number of weights."""
+        """The bits of everything stored (codes, scales, exponents, low-rank factors) over the number of weights."""
         return 8 * self.nbytes / self.size
 
     @property
     def has_fp8_form(self) -> bool:
-        """Whether one full-K FP8 product computes it: FP8 codes or an exact expansion, no free group scales."""
+        """Whether one FP8 product computes it, since its codes are FP8 or expand exactly and no group scale is free."""
         return self.group_scale is None and self.spec.format.expands
 
 
 def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
-    """Round ``w`` [in, out] to nearest under ``spec``. Jittable and vmappable; ``w`` must be finite."""
+    """Quantizes one weight by rounding to nearest.
+
+    It can be jitted (``spec`` static) and vmapped.
+
+    Args:
+        w: ``[in, out]``, any float type, finite.
+        spec: format, groups and scale constraint.
+
+    Returns:
+        A QTensor of logical shape [in, out].
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> q = fpq.quantize_array(w, fpq.QuantSpec(group_size=32))
+        >>> q.shape, q.codes.dtype, q.group_scale.shape
+        ((64, 32), dtype('uint8'), (32, 2))
+    """
     w = w.astype(jnp.float32)
     in_features, out_features = w.shape
     reference = row_reference(w, spec)
@@ -160,9 +245,21 @@ def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, sp
 
 
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "*stack in out"]:
-    """The weight that ``q`` stands for, [in, out] (stacked as ``q`` is), computed in float32.
+    """Computes the weight that a QTensor stands for, in float32.
 
-    ``low_rank`` False leaves LoRC out.
+    Args:
+        q: the quantized weight, or a stack of them.
+        dtype: of the result.
+        low_rank: whether to add the correction of LoRC.
+
+    Returns:
+        ``[in, out]``, with the stack axes of ``q`` in front.
+
+    Example:
+        >>> w = jnp.array([[1.0, 6.0], [2.0, -3.0]])
+        >>> q = fpq.quantize_array(w, fpq.QuantSpec(format="int8", group_size="channel"))
+        >>> bool(jnp.abs(fpq.dequantize(q) - w).max() <= q.row_scale.max() / 2)
+        True
     """
     if q.codes.ndim > 2:
         return jax.vmap(lambda one: dequantize(one, dtype, low_rank=low_rank))(q)
@@ -192,11 +289,30 @@ def _per_weight(values: Shaped[Array, "out groups"], q: QTensor) -> Shaped[Array
 
 
 def expand(q: QTensor) -> QTensor:
-    """The same weight with 8-bit codes and row factors only, exactly; needs M1, M2 or one scale a row.
+    """Expands a weight, exactly, to 8-bit float codes with row scales only.
 
-    4-bit codes become float8_e4m3fn with the group's power of two folded in; FP8 codes stay. Free group scales, formats
-    that FP8 does not hold and exponents outside the exact range have no such form: FpqError. (Traced exponents cannot
-    be looked at and are taken as valid, which every QTensor made here is.)
+    4-bit codes become ``float8_e4m3fn`` with the power of two of their group folded in; 8-bit float codes stay. That
+    needs M1, M2 or one scale for each row (ZeroQuant-FP, section 3). Exponents are checked where their values are
+    known; traced ones are taken as valid, as those of every QTensor that this library makes are.
+
+    Args:
+        q: the quantized weight, or a stack of them.
+
+    Returns:
+        A QTensor of the same values, of which ``dequantize`` gives the same bits.
+
+    Raises:
+        FpqError: the format has no exact 8-bit float form, the group scales are free, or an exponent is out of the
+            range where the expansion is exact.
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> q = fpq.quantize_array(w, fpq.QuantSpec(group_size=32, constraint="m2"))
+        >>> wide = fpq.expand(q)
+        >>> wide.codes.dtype, wide.exponents
+        (dtype(float8_e4m3fn), None)
+        >>> bool((fpq.dequantize(wide) == fpq.dequantize(q)).all())
+        True
     """
     if q.codes.ndim > 2:
         return jax.vmap(expand)(q)

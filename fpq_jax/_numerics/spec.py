@@ -13,18 +13,34 @@ ActivationScale = Literal["token", "static"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """Format, scales and activations of one quantized Linear. Checked when made: FpqError names what is wrong.
+    """Describes how a weight matrix, and the activations that it multiplies, are quantized.
 
-    format: of the weight's codes, a Format or its name.
-    group_size: weights along the input that share a scale, or "channel" (one scale an output) or "tensor".
-        A last group that it does not fill is shorter; more than the input dimension means one group.
-    constraint: None for free scales; "m1" rounds each to a power of two; "m2" to a power of two times the largest
-        scale of its compute group, so that a row expands exactly to float8_e4m3fn under one factor.
-    exponent_rounding: which power: "up" (nothing clips), "nearest" (in log2), "search" (least weighted error).
-    compute_rows: output rows of one compute group of M2.
-    activation: format of the quantized activations, None to leave them alone.
-    activation_scale: "token" (a scale for each token, taken when it comes) or "static" (one for the whole tensor, from
-        the largest value seen in calibration).
+    It is frozen, hashable and checked when it is made.
+
+    Attributes:
+        format: of the weight's codes, a ``Format`` or its name.
+        group_size: how many weights along the input share a scale, or ``"channel"`` (one scale for each output) or
+            ``"tensor"`` (one scale). A last group that is not full is shorter; more than the input dimension means one
+            group.
+        constraint: None for free scales. ``"m1"`` rounds each scale to a power of two. ``"m2"`` rounds it to a power of
+            two times the largest scale of its compute group, so that an output row expands exactly to ``float8_e4m3fn``
+            with one factor (ZeroQuant-FP, section 3). For symmetric 4-bit formats.
+        exponent_rounding: which power of two: ``"up"`` (no weight saturates), ``"nearest"`` (in log2) or ``"search"``
+            (the least squared error, weighted with the Hessian's diagonal where there is one).
+        compute_rows: how many output rows form a compute group of M2.
+        activation: format of the quantized activations, a ``Format`` or its name; None to leave them as they are.
+        activation_scale: ``"token"`` (a scale for each token, computed when it comes) or ``"static"`` (one scale for
+            the tensor, from the largest value seen in calibration).
+
+    Raises:
+        FpqError: a field has an impossible value, or two fields contradict each other.
+
+    Example:
+        >>> spec = fpq.QuantSpec(format="e2m1", group_size=128, constraint="m2")
+        >>> spec.activation
+        e4m3
+        >>> spec.num_groups(4096)
+        32
     """
 
     format: Format = E2M1
@@ -65,14 +81,32 @@ class QuantSpec:
             raise FpqError("compute_rows is for constraint m2 only.")
 
     def to_dict(self) -> dict[str, str | int | None]:
-        """Plain data; QuantSpec(**spec.to_dict()) is the same spec."""
+        """Converts the spec to plain data, of which ``QuantSpec(**data)`` makes the same spec.
+
+        Returns:
+            A dict of the fields, formats by name.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value.name if isinstance(value, Format) else value for name, value in values.items()}
 
     def group_length(self, in_features: int) -> int:
-        """Inputs per scale of a weight with ``in_features`` inputs."""
+        """Counts the inputs that share a scale.
+
+        Args:
+            in_features: inputs of the weight.
+
+        Returns:
+            The inputs of a full group.
+        """
         return in_features if isinstance(self.group_size, str) else min(self.group_size, in_features)
 
     def num_groups(self, in_features: int) -> int:
-        """Scales per output row."""
+        """Counts the scales of an output row.
+
+        Args:
+            in_features: inputs of the weight.
+
+        Returns:
+            The groups of a row, the last one included where it is not full.
+        """
         return -(-in_features // self.group_length(in_features))

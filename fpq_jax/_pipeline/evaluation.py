@@ -56,9 +56,9 @@ def perplexities(
 ) -> Evaluation:
     """Perplexity of a model whose parts are read one after the other, on texts of windows of one length.
 
-    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``weights`` is the weights' form,
-    see ``prepare``; with ``cache`` keys and values are what such a cache gives back, as in generation. Where the hidden
-    states of all windows would be too much for the host, the model is read again for each piece of them.
+    Windows are divided over the mesh, in batches of ``batch_tokens`` on each device. ``weights`` is the weights'
+    layout, see ``prepare``; with ``cache`` keys and values are what such a cache gives back, as in generation. Where
+    the hidden states of all windows would be too much for the host, the model is read again for each piece of them.
     """
     windows = np.concatenate(list(texts.values()))
     size = batch_size(len(windows), windows.shape[1], mesh, batch_tokens)

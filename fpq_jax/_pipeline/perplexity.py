@@ -19,7 +19,16 @@ _Advance = Callable[[int], None]
 
 
 class Perplexity(NamedTuple):
-    """exp of the mean loss, and how many tokens were predicted."""
+    """Holds a perplexity and the number of tokens that it was measured on.
+
+    Attributes:
+        value: exp of the mean negative log-likelihood, in nats.
+        tokens: how many tokens were predicted.
+
+    Example:
+        >>> fpq.Perplexity(value=27.35, tokens=32704).value
+        27.35
+    """
 
     value: float
     tokens: int
@@ -33,10 +42,29 @@ def perplexity(
     batch_tokens: int = BATCH_TOKENS,
     advance: _Advance | None = None,
 ) -> Perplexity:
-    """Perplexity of ``apply_fn(params, tokens [B, L]) -> logits [B, L, V]`` on ``windows``.
+    """Computes the perplexity of a model on windows of text: all tokens of a window but the first are predicted.
 
-    ``batch_tokens``: of a batch, at most an eighth of the windows. ``advance`` is told how many windows are done.
-    FpqError if the loss is not finite.
+    That is the protocol of GPTQ (Frantar et al., 2022, arXiv 2210.17323).
+
+    Args:
+        apply_fn: called as ``apply_fn(params, tokens [B, L])``, gives logits ``[B, L, V]``.
+        params: the first argument of ``apply_fn``, any pytree.
+        windows: int ``[N, L]``, token ids (see ``text_windows``).
+        batch_tokens: about how many tokens are in a batch; a batch is at most an eighth of the windows.
+        advance: called after each batch with the number of windows in it.
+
+    Returns:
+        The perplexity, and how many tokens were predicted.
+
+    Raises:
+        FpqError: the loss is not finite.
+
+    Example:
+        >>> params = {"logits": jnp.zeros((10, 10))}  # of the next token for each token: all are as likely
+        >>> windows = np.random.default_rng(0).integers(0, 10, (4, 16), np.int32)
+        >>> found = fpq.perplexity(lambda params, tokens: params["logits"][tokens], params, windows)
+        >>> round(found.value, 3), found.tokens
+        (10.0, 60)
     """
     mesh = make_mesh()
     batches = Batches.of(windows, mesh, batch_size(len(windows), windows.shape[1], mesh, batch_tokens))

@@ -102,11 +102,29 @@ def calibration_text(
 def text_windows(
     spec: str, tokenizer: Any, length: int, *, num_samples: int | None = None, seed: int = 0
 ) -> Int[np.ndarray, "N L"]:
-    """A text in windows of ``length`` tokens, int32: all of its evaluation part in order, or with ``num_samples`` so
-    many, drawn without overlap from the part to calibrate on.
+    """Reads a text and cuts it into windows of tokens.
 
-    ``spec``: wikitext2, ptb, c4, demo, or a file, as the commands take it. ``tokenizer``: one of transformers, or a
-    model's folder or a demo model's name. FpqError for a text that cannot be read or is too short.
+    Evaluation follows the protocol of GPTQ (ZeroQuant-FP, section 4.1): the text is tokenized once, with the special
+    tokens that the tokenizer adds by itself, and cut into whole windows.
+
+    Args:
+        spec: ``"wikitext2"``, ``"ptb"``, ``"c4"``, ``"demo"``, or the path of a text file, as the commands take it.
+        tokenizer: one of transformers, or a model's folder, or the name of a demo model.
+        length: tokens in a window.
+        num_samples: None for the text to evaluate on, all of it in order; otherwise how many windows to draw, without
+            overlap, from the text to calibrate on.
+        seed: of the drawing.
+
+    Returns:
+        int32 ``[N, length]``; with ``num_samples`` at most so many.
+
+    Raises:
+        FpqError: the text cannot be read or is shorter than a window, or no tokenizer can be loaded.
+
+    Example:
+        >>> windows = fpq.text_windows("demo", "demo-llama", 128, num_samples=4)
+        >>> windows.shape, windows.dtype
+        ((4, 128), dtype('int32'))
     """
     check_spec(spec)
     if isinstance(tokenizer, str | Path):

@@ -19,8 +19,26 @@ AXES = (DATA, MODEL)
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of the first ``data`` * ``model`` devices, those of one "model" group beside each other. FpqError if there
-    are not so many, or if processes would be left without one."""
+    """Makes a mesh of the first ``data * model`` devices, with the axes "data" and "model".
+
+    The "data" axis divides what is computed on, "model" the weights. Devices of one "model" group are beside each
+    other.
+
+    Args:
+        data: size of the axis "data".
+        model: size of the axis "model".
+
+    Returns:
+        The mesh.
+
+    Raises:
+        FpqError: a size is less than 1, there are not so many devices, or a process would be left without a device.
+
+    Example:
+        >>> mesh = fpq.make_mesh(data=1, model=1)
+        >>> mesh.axis_names, mesh.size
+        (('data', 'model'), 1)
+    """
     if data < 1 or model < 1:
         raise FpqError(f"The mesh data={data},model={model} is empty; each axis needs at least 1.")
     devices = jax.devices()

@@ -16,9 +16,27 @@ from fpq_jax._transform.tracked import ParamRef, TraceScope, TrackedParam, UseHa
 
 
 def find_kernels(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, ParamUse]:
-    """What ``apply_fn(params, *args)`` does with each parameter of two or more axes, by path.
+    """Finds what a function does with each of its parameters, without computing anything.
 
-    Nothing is computed: ``params`` and ``args`` may be shapes (``jax.ShapeDtypeStruct``).
+    Args:
+        apply_fn: called as ``apply_fn(params, *args)``.
+        params: a tree of arrays, or of shapes (``jax.ShapeDtypeStruct``).
+        *args: the other arguments, arrays or shapes.
+
+    Returns:
+        The use of each parameter with two or more axes, by path.
+
+    Example:
+        >>> def apply(params, tokens):
+        ...     x = params["embedding"][tokens]
+        ...     return jnp.tanh(x @ params["up"]) @ params["down"].T
+        >>> shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+        >>> params = {"embedding": shape(100, 8), "up": shape(8, 32), "down": shape(8, 32)}
+        >>> uses = fpq.find_kernels(apply, params, jnp.zeros((2, 5), jnp.int32))
+        >>> uses["up"].axes.kinds, uses["down"].axes.kinds
+        (('in', 'out'), ('out', 'in'))
+        >>> uses["embedding"].reason
+        'it is used by gather, not in a product'
     """
     traced = Traced(apply_fn, (params, *args), {})
     own = {one.name: one.leaf for one in traced.inputs if one.argument == 0 and is_parameter(one.leaf)}

@@ -26,11 +26,25 @@ from fpq_jax._transform.selection import ParamUse, select
 
 @dataclass(frozen=True)
 class Hessians(Mapping[str, Any]):
-    """X^T X by kernel, float32 [*stack, in, in], summed over all tokens.
+    """Maps the path of each kernel to the Hessian of its inputs.
 
-    stats: the same, and how many tokens those are, by the kernels that meet the same inputs; and the static scales of
-    inputs where recipes ask for one. uses: what the function does with its parameters. complete: not of a part of them
-    (only=).
+    The Hessian is the sum of x x^T over all inputs x, float32 ``[*stack, in, in]``.
+
+    Attributes:
+        stats: the same sums by the paths of all kernels that share the inputs, with how many inputs they are of
+            (``stats.inputs``), and static scales of the inputs where the recipe asks for them
+            (``stats.static_scales``).
+        uses: what the function does with its parameters, as ``find_kernels`` says.
+        complete: whether the Hessians are of all kernels that the recipe quantizes (False with ``only``).
+
+    Example:
+        >>> params = {name: {"kernel": jnp.ones((8, 4))} for name in ("query", "key")}
+        >>> apply = lambda params, x: [x @ params[name]["kernel"] for name in ("query", "key")]
+        >>> hessians = fpq.collect_hessians(apply, params, [jnp.ones((2, 8))], fpq.Recipe())
+        >>> sorted(hessians), hessians["query.kernel"].shape
+        (['key.kernel', 'query.kernel'], (8, 8))
+        >>> len(hessians.stats.inputs), int(hessians.stats.of("key.kernel").count)
+        (1, 2)
     """
 
     stats: CalibrationStats
@@ -59,14 +73,41 @@ def collect_hessians(
     only: str | None = None,
     mask: Mask | None = None,
 ) -> Hessians:
-    """The Hessian of each kernel of ``apply_fn(params, *batch)`` that the recipe quantizes, summed over the batches.
+    """Collects the Hessian of each kernel that a recipe quantizes, over batches of calibration data.
 
-    ``batches``: tuples of further arguments, or single ones; arrays or trees of them. ``only``: a pattern of paths, for
-    a model whose Hessians do not fit at once: collect and quantize part by part, with ``params`` whose finished
-    parts are QTensors already. ``mask(*batch)``: which positions count (nonzero), [B, T] for inputs [B, T, in] or
-    [B * T, in]; it is the model's to have its rows in that order. One pass, jitted for each shape of a batch (two where
-    activations have static scales). FpqError for a Hessian that stayed zero, an input that does not fit the mask, or a
-    recipe that does not fit the parameters.
+    The Hessian is the sum of x x^T over all inputs x of the kernel.
+
+    Products are taken with activations quantized as inference will have them, and kernels that share their inputs share
+    a Hessian. It is one pass, jitted for each shape of a batch, and two where activations have static scales.
+
+    Args:
+        apply_fn: called as ``apply_fn(params, *batch)``.
+        params: a tree of arrays. What is a QTensor already is multiplied as such.
+        batches: tuples of the further arguments, or single ones; arrays or trees of arrays.
+        recipe: which kernels are quantized, and how their activations are.
+        only: a pattern of paths, for a model whose Hessians do not fit into memory at once: collect and quantize part
+            by part, with ``params`` whose finished parts are QTensors.
+        mask: called as ``mask(*batch)``, gives an array that is nonzero at the positions that count: ``[B, T]`` for
+            inputs ``[B, T, in]`` or ``[B * T, in]``, whose rows are in that order.
+
+    Returns:
+        The Hessians, by path.
+
+    Raises:
+        FpqError: a Hessian is zero or not finite, inputs do not fit the mask, there are no batches, or the recipe does
+            not fit the parameters.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+        >>> params = {
+        ...     "up": {"kernel": jax.random.normal(jax.random.key(0), (16, 32))},
+        ...     "down": {"kernel": jax.random.normal(jax.random.key(1), (32, 16))},
+        ... }
+        >>> batches = list(jax.random.normal(jax.random.key(2), (3, 4, 8, 16)))  # 3 batches [4, 8, 16]
+        >>> hessians = fpq.collect_hessians(apply, params, batches, fpq.Recipe.load("w4a8-fp-m2"))
+        >>> {path: hessian.shape for path, hessian in sorted(hessians.items())}
+        {'down.kernel': (32, 32), 'up.kernel': (16, 16)}
     """
     return collect_named(apply_fn, params, batches, recipe, only=only, mask=mask)
 

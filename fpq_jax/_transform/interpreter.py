@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 def interpret(jaxpr: Any, arguments: Sequence[Any], handler: UseHandler, merge: Merge = ADD) -> Outcome:
-    """Evaluate a jaxpr; arguments may be followed parameters, and results are those that come back as they were.
+    """Evaluate a jaxpr; arguments may be tracked parameters, and results are those that come back as they were.
 
     ``merge``: two records of the same kernels.
     """
@@ -47,7 +47,7 @@ class _Interpreter:
         self.merge = merge
         self.scope = TraceScope(merge)
         self.scans = 0
-        # by jaxpr, and which of its operands are followed
+        # by jaxpr, and which of its operands are tracked
         self.called: dict[Any, tuple[list[ParamRef | None], Callable[..., Any]]] = {}
 
     def inside(self, jaxpr: Any, arguments: Sequence[Any]) -> Outcome:

@@ -33,10 +33,22 @@ _AUTO_RANK = 8  # of LoRC, where a recipe leaves it to the size of one of the pa
 
 @dataclass(frozen=True)
 class TreeReport:
-    """What became of a tree's parameters.
+    """Reports what became of each parameter of a tree.
 
-    results: of each quantized kernel (of a stack, of each index), in order; without Hessians errors are those of the
-    weights. left: of each other parameter of two or more axes, why it stays as it is.
+    Attributes:
+        results: of each quantized kernel in order, and of a stack of each index: its ``name``, its ``shape`` (in, out),
+            the relative squared errors ``rounding_error`` (of plain rounding) and ``error`` (of the final weight), the
+            ``damping`` that GPTQ needed, its ``seconds``, and ``notes``. Errors are those of the outputs where there
+            are Hessians, otherwise those of the weight.
+        left: the reason why each other parameter of two or more axes stays as it is, by path.
+
+    Example:
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32)), "table": jnp.ones((4, 16))}
+        >>> params, report = fpq.quantize_params_with_report(params, fpq.Recipe.load("w4a8-fp-m2"))
+        >>> [(result.name, result.shape) for result in report.results]
+        [('kernel', (16, 32))]
+        >>> report.left
+        {'table': 'it is not called kernel, and no rule says its axes'}
     """
 
     results: tuple[LinearResult, ...]
@@ -51,15 +63,38 @@ def quantize_params(
     uses: Mapping[str, ParamUse] | None = None,
     seed: int = 0,
 ) -> Any:
-    """The same tree with QTensors for the kernels that the recipe quantizes; rules match paths, "layers.0.q.kernel".
+    """Quantizes the kernels of a tree of parameters: GPTQ with Hessians, rounding to nearest without, then LoRC.
 
-    ``hessians``: what ``collect_hessians`` found, or [*stack, in, in] by path; with them GPTQ, without rounding to
-    nearest, then LoRC where the recipe has it. Which axes of a parameter are inputs is known from the former, or from
-    ``uses`` (see ``find_kernels``); otherwise parameters called kernel with two axes are [in, out], and rules say it of
-    others (``axes``). What is a QTensor already stays, and so does what has no Hessian where those are of a part.
-    Inside of ``jax.jit`` and ``jax.eval_shape`` it only rounds, and nothing is reported.
-    FpqError for a rule that fits nothing, a parameter that is meant and cannot be quantized, a weight that is not
-    finite, and a Hessian that is missing, zero or of another shape.
+    Rules of the recipe fit paths, such as ``"layers.0.q.kernel"``. Which axes of a parameter are inputs is known from
+    the Hessians or from ``uses``; without them a parameter called kernel with two axes is [in, out], and rules give the
+    ``axes`` of others. What is a QTensor already stays, and so does what has no Hessian where those are of a part of
+    the model. Inside of ``jax.jit`` and ``jax.eval_shape`` it only rounds, and reports nothing.
+
+    Args:
+        params: a tree of arrays.
+        recipe: which kernels are quantized, and how.
+        hessians: what ``collect_hessians`` gave, or ``[*stack, in, in]`` by path; None to round.
+        uses: what ``find_kernels`` gave; known already where ``hessians`` are from ``collect_hessians``.
+        seed: of LoRC's randomized singular value decomposition.
+
+    Returns:
+        The tree, with QTensors in the places of the kernels.
+
+    Raises:
+        FpqError: a rule fits nothing or a parameter that cannot be quantized, a weight is not finite, or a Hessian is
+            missing, zero or of another shape.
+
+    Example:
+        >>> apply = lambda params, x: jnp.tanh(x @ params["kernel"])
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}
+        >>> batches = list(jax.random.normal(jax.random.key(2), (3, 32, 16)))
+        >>> recipe = fpq.Recipe.load("w4a8-fp-m2-lorc")
+        >>> hessians = fpq.collect_hessians(apply, params, batches, recipe)
+        >>> small = fpq.quantize_params(params, recipe, hessians)
+        >>> small["kernel"].spec.format, small["kernel"].low_rank.a.shape
+        (e2m1, (16, 8))
+        >>> fpq.quantized(apply)(small, batches[0]).shape
+        (32, 32)
     """
     return quantize_params_with_report(params, recipe, hessians, uses=uses, seed=seed)[0]
 
@@ -72,7 +107,29 @@ def quantize_params_with_report(
     uses: Mapping[str, ParamUse] | None = None,
     seed: int = 0,
 ) -> tuple[Any, TreeReport]:
-    """``quantize_params``, and what became of each parameter."""
+    """Quantizes the kernels of a tree as ``quantize_params`` does, and reports what became of each parameter.
+
+    Args:
+        params: a tree of arrays.
+        recipe: which kernels are quantized, and how.
+        hessians: what ``collect_hessians`` gave, or ``[*stack, in, in]`` by path; None to round.
+        uses: what ``find_kernels`` gave; known already where ``hessians`` are from ``collect_hessians``.
+        seed: of LoRC's randomized singular value decomposition.
+
+    Returns:
+        The tree with QTensors, and the report.
+
+    Raises:
+        FpqError: as in ``quantize_params``.
+
+    Example:
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}
+        >>> x = jax.random.normal(jax.random.key(1), (64, 16))
+        >>> recipe = fpq.Recipe.load("w4a8-fp-m2")
+        >>> small, report = fpq.quantize_params_with_report(params, recipe, {"kernel": fpq.hessian(x)})
+        >>> [(result.name, result.shape, result.error < 0.02) for result in report.results]
+        [('kernel', (16, 32), True)]
+    """
     if isinstance(hessians, Hessians) and uses is None:
         uses = hessians.uses
     return quantize_named(params, recipe, hessians, uses, seed)
@@ -113,13 +170,33 @@ def quantize_blocks(
     mask: Mask | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[Any, TreeReport]]:
-    """Quantize a model block after block, each calibrated on what the quantized ones before it give.
+    """Quantizes a model block after block, each calibrated on the outputs of the quantized blocks before it.
 
-    ``blocks``: (function, params) of each, called as function(params, *batch); its result is the first argument of the
-    next one, which takes the others as they are. ``batches``, ``mask`` as in ``collect_hessians``; between blocks the
-    first arguments are on the host. In the recipe paths begin with a block's number, "3.attention.kernel". Yields the
-    params of each block, for ``quantized(function)``, and what became of them, as soon as it is done. Blocks of one
-    function and of parameters alike are compiled once. FpqError as in ``collect_hessians`` and ``quantize_params``.
+    Between blocks the hidden states are on the host. Blocks of one function and of parameters alike are compiled once.
+
+    Args:
+        blocks: (function, params) of each block, called as ``function(params, *batch)``. The result is the first
+            argument of the next block, which takes the other arguments as they are.
+        batches: tuples of the first block's arguments after ``params``, or single ones.
+        recipe: which kernels are quantized, and how. Paths begin with a block's number, ``"3.attention.kernel"``.
+        mask: which positions count, see ``collect_hessians``.
+        seed: of LoRC's randomized singular value decomposition.
+
+    Yields:
+        The params of each block, for ``quantized(function)``, and the report of what became of them, as soon as the
+        block is done.
+
+    Raises:
+        FpqError: as in ``collect_hessians`` and ``quantize_params``, or the recipe leaves every parameter as it is.
+
+    Example:
+        >>> block = lambda params, x: x + jnp.tanh(x @ params["kernel"])
+        >>> blocks = [(block, {"kernel": jax.random.normal(jax.random.key(i), (16, 16)) / 4}) for i in range(2)]
+        >>> batches = list(jax.random.normal(jax.random.key(2), (3, 32, 16)))
+        >>> for params, report in fpq.quantize_blocks(blocks, batches, fpq.Recipe.load("w4a8-fp-m2")):
+        ...     print(report.results[0].name, params["kernel"].shape)
+        0.kernel (16, 16)
+        1.kernel (16, 16)
     """
     names = [
         [f"{i}.{path}" for path, _ in named_leaves(params, is_quantized)[0]] for i, (_, params) in enumerate(blocks)
@@ -142,7 +219,20 @@ def quantize_blocks(
 
 
 def dequantize_params(params: Any) -> Any:
-    """The tree with arrays again, of their shapes and dtypes, which are what its QTensors stand for."""
+    """Dequantizes a tree: QTensors become arrays of the shapes and dtypes that the parameters had.
+
+    Args:
+        params: a tree of arrays and QTensors.
+
+    Returns:
+        The tree of arrays.
+
+    Example:
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32), jnp.bfloat16)}
+        >>> small = fpq.quantize_params(params, fpq.Recipe.load("w4a8-fp-m2"))
+        >>> fpq.dequantize_params(small)["kernel"].dtype
+        dtype(bfloat16)
+    """
 
     def one(leaf: Any) -> Any:
         if not is_quantized(leaf):
@@ -154,10 +244,29 @@ def dequantize_params(params: Any) -> Any:
 
 
 def expand_params(params: Any, weights: WeightLayout = "fp8") -> Any:
-    """The tree with its QTensors in the form in which they are multiplied: "fp8" expands 4-bit codes with an FP8 form
-    to FP8 once, exactly, a byte per weight; "packed" leaves them packed; "fragments" lays them out for our own kernel,
-    which has not been measured on a GPU yet. All pad FP8 codes with zeros to multiples of 16, which FP8 products want.
-    FpqError for a kernel that does not take them."""
+    """Changes the layout of a tree's QTensors to the one in which they are multiplied.
+
+    All layouts give the same weights. FP8 codes are padded with zeros to multiples of 16, which FP8 products need.
+
+    Args:
+        params: a tree of arrays and QTensors.
+        weights: ``"fp8"`` expands 4-bit codes that have an FP8 form to FP8 once, exactly, a byte for each weight;
+            ``"packed"`` leaves them packed; ``"fragments"`` lays them out for this library's own GPU kernel, which has
+            not been measured on a GPU yet.
+
+    Returns:
+        The tree with its QTensors in that layout.
+
+    Raises:
+        FpqError: ``weights`` is none of these, or is ``"fragments"`` and the GPU kernel multiplies no weight of the
+            tree.
+
+    Example:
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}
+        >>> small = fpq.quantize_params(params, fpq.Recipe.load("w4a8-fp-m2"))
+        >>> small["kernel"].codes.shape, fpq.expand_params(small)["kernel"].codes.shape  # [out, in]
+        ((32, 8), (32, 16))
+    """
     known = [leaf.sharding for leaf in jax.tree.leaves(params) if _has_device(leaf)]
     devices = max((len(sharding.device_set) for sharding in known), default=1)
     check_layout(weights, devices if devices > 1 else None)

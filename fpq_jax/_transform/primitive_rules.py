@@ -1,4 +1,4 @@
-"""Operations that leave a followed parameter one: what they do to its layout.
+"""Operations through which a parameter is tracked: what they do to its layout.
 
 Each gives the operation's results, or None where it makes an array of the parameter.
 """

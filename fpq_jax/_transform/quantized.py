@@ -22,15 +22,34 @@ from fpq_jax._transform.tracked import ParamRef, TraceScope, TrackedParam, UseHa
 
 
 def quantized(apply_fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
-    """``apply_fn`` for arguments with QTensors in the places of arrays (see ``quantize_params``).
+    """Transforms a function so that it takes QTensors in the places of arrays (see ``quantize_params``).
 
-    The function is traced as if they were arrays, and each product of a kernel's inputs with an activation becomes
-    ``linear``: activations are quantized, and weights with an FP8 form are multiplied in FP8. Transposes, reshapes,
-    casts and indexing of a stack on the way are followed, into jit, scan, while, cond, remat and vmap. Any other use
-    of a QTensor (a gather, elementwise arithmetic) gets the dequantized array, with a warning that says where, once for
-    each wrapped function; under ``strict`` it is an FpqError. Use it under ``jax.jit``: called by itself it is traced
-    every time. Gradients are those of ``linear``; a derivative of its own of a function that takes a quantized kernel
-    gives way to them. Arguments that are no arrays, Python numbers among them, stay as they are.
+    The function is traced as if they were arrays, and each product of an activation with a kernel becomes ``linear``:
+    activations are quantized, and weights that have an FP8 form are multiplied in FP8. Kernels are tracked through
+    transposes, reshapes, casts and indexing of a stack, and into jit, scan, while, cond, remat and vmap. Call the
+    result under ``jax.jit``; by itself it is traced in each call. Gradients are those of ``linear``, also where a
+    function with a derivative of its own takes a quantized kernel. Arguments that are not arrays, Python numbers among
+    them, are not traced.
+
+    Args:
+        apply_fn: the function; nothing in it knows of quantization.
+        strict: whether any other use of a QTensor (a gather, elementwise arithmetic) is an error. Otherwise it gets the
+            dequantized array, with a warning that says where, once for each transformed function.
+
+    Returns:
+        A function of the same arguments, in which any array may be a QTensor.
+
+    Raises:
+        FpqError: in a call, under ``strict``, a QTensor is used in another way than in a product.
+
+    Example:
+        >>> apply = lambda params, x: jnp.tanh(x @ params["kernel"])
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}
+        >>> small = fpq.quantize_params(params, fpq.Recipe.load("w4a8-fp-m2"))
+        >>> x = jax.random.normal(jax.random.key(1), (4, 16))
+        >>> y = jax.jit(fpq.quantized(apply))(small, x)
+        >>> bool((y == jnp.tanh(fpq.linear(x, small["kernel"]))).all())
+        True
     """
     told: set[tuple[str, str]] = set()
 

@@ -19,9 +19,17 @@ _UNKNOWN_AXES = (
 
 @dataclass(frozen=True)
 class ParamUse:
-    """What a function does with a parameter of two or more axes.
+    """Describes what a function does with a parameter of two or more axes.
 
-    axes: what each is, if it is the kernel of a product. reason: why it is not one, or not only one; "" where it is.
+    Attributes:
+        axes: what each axis is, if the parameter is the kernel of a product; otherwise None.
+        reason: why it is not one, or not only one; ``""`` for a kernel.
+
+    Example:
+        >>> apply = lambda params, x: x @ params["w"] + params["w"].sum()
+        >>> params = {"w": jnp.ones((8, 4))}
+        >>> fpq.find_kernels(apply, params, jnp.ones((2, 8)))["w"].reason
+        'it is also used by reduce_sum'
     """
 
     axes: Axes | None

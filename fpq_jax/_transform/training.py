@@ -17,11 +17,31 @@ Trained = Literal["low_rank", "all"]
 
 
 def partition(params: Any, train: Trained = "low_rank") -> tuple[Any, Any]:
-    """(what is trained, the rest) of a tree with QTensors; each has None where the other has something.
+    """Splits a tree with QTensors into what is trained and the rest.
 
-    ``train``: "low_rank", LoRC's factors alone, or "all", unquantized floating-point parameters too. Factors come in
-    float32, so that small steps are not lost; ``combine`` puts them back in bfloat16. Codes and scales are never
-    trained, nor are INT8 factors: FpqError if nothing is left.
+    Codes and scales are never trained, nor are INT8 factors of LoRC. The factors come in float32, so that small steps
+    are not lost; ``combine`` rounds them to bfloat16 again.
+
+    Args:
+        params: a tree of arrays and QTensors.
+        train: ``"low_rank"`` for the factors of LoRC alone, ``"all"`` for floating-point arrays too.
+
+    Returns:
+        What is trained, and the rest; each tree has None where the other one has something.
+
+    Raises:
+        FpqError: there is nothing to train, or ``train`` is neither.
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> q = fpq.lorc(w, fpq.quantize_array(w, fpq.QuantSpec(group_size=32)), rank=4)
+        >>> trained, rest = fpq.partition({"kernel": q, "bias": jnp.zeros(32)})
+        >>> jax.tree.map(jnp.shape, jax.tree.leaves(trained))
+        [(64, 4), (4, 32)]
+        >>> apply = fpq.quantized(lambda params, x: x @ params["kernel"] + params["bias"])
+        >>> loss = lambda trained: (apply(fpq.combine(trained, rest), jnp.ones((2, 64))) ** 2).mean()
+        >>> jax.grad(loss)(trained)["kernel"].b.shape
+        (4, 32)
     """
     if train not in get_args(Trained):
         raise FpqError(f"train is {train!r}; it must be {' or '.join(get_args(Trained))}.")
@@ -48,7 +68,25 @@ def partition(params: Any, train: Trained = "low_rank") -> tuple[Any, Any]:
 
 
 def combine(trained: Any, rest: Any) -> Any:
-    """The tree again, of what ``partition`` gave, in that order. Differentiable."""
+    """Joins what ``partition`` split. It is differentiable.
+
+    Args:
+        trained: the first of the two trees.
+        rest: the second.
+
+    Returns:
+        The tree, with LoRC's factors in bfloat16.
+
+    Raises:
+        FpqError: the trees are given in the other order.
+
+    Example:
+        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> q = fpq.lorc(w, fpq.quantize_array(w, fpq.QuantSpec(group_size=32)), rank=4)
+        >>> trained, rest = fpq.partition({"kernel": q})
+        >>> fpq.combine(trained, rest)["kernel"].low_rank.a.dtype
+        dtype(bfloat16)
+    """
     if any(is_quantized(leaf) for leaf in jax.tree.leaves(trained, is_leaf=_is_whole)):
         raise FpqError("combine takes what is trained first, and then the rest.")
 
@@ -61,10 +99,27 @@ def combine(trained: Any, rest: Any) -> Any:
 
 
 def straight_through(x: Float[Array, "..."], how: Format | QuantSpec) -> Float[Array, "..."]:
-    """``x`` rounded, in its own dtype, with the gradient of no rounding at all (Bengio et al., arXiv 1308.3432).
+    """Rounds values with the gradient of no rounding at all, for quantization-aware training.
 
-    ``how``: a Format, for a cast of each element as it is; or a QuantSpec, for a weight [..., in, out] with its scales,
-    as ``quantize_array`` rounds it. For quantization-aware training.
+    That is the straight-through estimator (Bengio et al., 2013, arXiv 1308.3432).
+
+    Args:
+        x: ``[...]``, any float type.
+        how: a ``Format``, to cast each value as it is; or a ``QuantSpec``, to round a weight ``[..., in, out]`` with
+            scales as ``quantize_array`` does.
+
+    Returns:
+        ``[...]`` in the dtype of ``x``.
+
+    Raises:
+        FpqError: ``how`` is neither, or is a ``QuantSpec`` and ``x`` has fewer than two axes.
+
+    Example:
+        >>> x = jnp.array([0.2, 1.1, 5.2])
+        >>> fpq.straight_through(x, fpq.E2M1)
+        Array([0., 1., 6.], dtype=float32)
+        >>> jax.grad(lambda x: fpq.straight_through(x, fpq.E2M1).sum())(x)
+        Array([1., 1., 1.], dtype=float32)
     """
     if not isinstance(how, Format | QuantSpec):
         raise FpqError(f"how is {how!r}; it must be a Format such as E4M3, or a QuantSpec.")

@@ -27,11 +27,21 @@ _LAYOUT = re.compile(r"\{[^{}]*\}")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. kind: "fp4_matmul" is our own kernel; scope: where it is from, "jit(step)/lorc/dot_general"; output:
-    its type, "bf16[16,4096]".
+    """Describes one launch of a compiled program: a kernel of XLA or of a library, a copy or a collective.
 
-    operands: of a matrix product the types of its two factors. op: HLO's, "custom-call" for a library's kernel,
-    "all-reduce" and the like for a collective.
+    Attributes:
+        kind: what it is; ``"fp4_matmul"`` is this library's own GPU kernel.
+        name: its name in the HLO.
+        scope: where it comes from, for instance ``"jit(step)/lorc/dot_general"``.
+        output: type of its output, for instance ``"bf16[16,4096]"``.
+        operands: of a matrix product, the types of the two factors.
+        op: HLO's operation, ``"custom-call"`` for a library's kernel, ``"all-reduce"`` and the like for a collective.
+
+    Example:
+        >>> from fpq_jax.debug import Program
+        >>> compiled = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jnp.ones((2, 3))).compile()
+        >>> [(launch.kind, launch.output) for launch in Program.of(compiled).kernels]
+        [('fusion', 'f32[2,3]')]
     """
 
     kind: KernelKind
@@ -44,8 +54,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """What an executable consists of. Bytes are a device's: temporary buffers, arguments, and how much of the outputs
-    is written over donated arguments. ptx is empty where it was not kept."""
+    """Describes a compiled program: what it launches, and the memory of a device that it needs.
+
+    Attributes:
+        kernels: the launches in order.
+        temp_bytes: size of the temporary buffers.
+        argument_bytes: size of the arguments.
+        alias_bytes: how much of the outputs is written over donated arguments.
+        hlo: the program's optimized HLO.
+        ptx: assembly of XLA's own kernels, ``""`` where it was not kept.
+
+    Example:
+        >>> from fpq_jax.debug import Program
+        >>> program = Program.of(jax.jit(jnp.tanh, donate_argnums=0).lower(jnp.ones((2, 3))).compile())
+        >>> program.argument_bytes, program.alias_bytes
+        (24, 24)
+        >>> program.matmuls("matmul")
+        []
+    """
 
     kernels: tuple[Launch, ...]
     temp_bytes: int
@@ -56,7 +82,15 @@ class Program:
 
     @classmethod
     def of(cls, compiled: Any, ptx: str = "") -> "Program":
-        """Of a jax.stages.Compiled."""
+        """Reads what an executable consists of.
+
+        Args:
+            compiled: a ``jax.stages.Compiled``, for any device.
+            ptx: assembly to keep with it.
+
+        Returns:
+            The program.
+        """
         hlo, memory = compiled.as_text(), compiled.memory_analysis()
         return cls(
             kernels=tuple(_kernels(hlo)),
@@ -68,7 +102,15 @@ class Program:
         )
 
     def matmuls(self, kind: KernelKind, *, but: tuple[str, ...] = ()) -> list[Launch]:
-        """The products of a kind, "fp8_matmul" or "matmul", that are from none of the scopes ``but``."""
+        """Lists the matrix products of a kind.
+
+        Args:
+            kind: ``"fp8_matmul"``, ``"fp4_matmul"`` or ``"matmul"``.
+            but: scopes whose products are left out.
+
+        Returns:
+            The launches.
+        """
         return [k for k in self.kernels if k.kind == kind and not any(f"/{scope}/" in k.scope for scope in but)]
 
     def __str__(self) -> str:

@@ -56,12 +56,35 @@ def compile_for_hopper(
     capability: int = 9,
     ptx: bool = False,
 ) -> Program:
-    """Compile ``function`` for an H100: its kernels, matrix products and memory. Nothing is run.
+    """Compiles a function for an H100, to see its kernels, matrix products and memory.
 
-    ``arguments``: arrays or ShapeDtypeStructs, in any pytrees; only their shapes, dtypes and shardings count. Where
-    some are on a mesh, the program is one device's of as many H100s on one host. ``ptx`` also keeps
-    the assembly of XLA's own kernels. ``capability`` 8 is a GPU without FP8 (an A100's generation), to compare.
-    Raises FpqError where the compiler is not to be had.
+    Nothing is run, and no GPU is needed. It needs the extra ``hopper`` and ``JAX_PLATFORMS=cpu`` in the environment
+    before JAX starts.
+
+    Args:
+        function: the function to compile.
+        *arguments: arrays or ``jax.ShapeDtypeStruct``, in any pytrees; only shapes, dtypes and shardings count. Where
+            some are on a mesh, the program is that of one device among as many H100s on one host.
+        route: how XLA compiles matrix products, ``"cublas"`` (its Triton GEMMs are off) or ``"triton"`` (with a fixed
+            tile, since no autotuning can happen without a device).
+        donate_argnums: as in ``jax.jit``.
+        static_argnums: as in ``jax.jit``.
+        capability: the GPU's major compute capability; 8 is one without FP8 (the generation of an A100), to compare.
+        ptx: whether to keep the assembly of XLA's own kernels.
+
+    Returns:
+        The compiled program.
+
+    Raises:
+        FpqError: the compiler is missing, an option has an impossible value, or the arguments are on several meshes.
+
+    Example:
+        >>> from fpq_jax.debug import compile_for_hopper
+        >>> w = jax.random.normal(jax.random.key(0), (256, 128))
+        >>> q = fpq.expand(fpq.quantize_array(w, fpq.QuantSpec(constraint="m2")))
+        >>> program = compile_for_hopper(fpq.linear, jnp.ones((16, 256)), q)
+        >>> len(program.matmuls("fp8_matmul")), len(program.matmuls("matmul"))
+        (1, 0)
     """
     if route not in get_args(Route):
         raise FpqError(f"route is {route!r}; it must be {' or '.join(get_args(Route))}.")
@@ -93,12 +116,34 @@ def hopper(
     capability: int = 9,
     ptx: bool = False,
 ) -> Program:
-    """What generation with ``model`` becomes on an H100: see ``compile_for_hopper``.
+    """Compiles generation with a model for an H100, as ``compile_for_hopper`` does.
 
-    ``tokens`` 1 is a step that decodes one token for each of ``batch`` rows; more is the prefill of prompts of so many.
-    ``context`` slots are in the cache, by default the model's longest. Works on abstract models, so shapes that do not
-    fit this machine's memory can be asked about. A model on a mesh is compiled for as many H100s: for two of them,
-    ``prepare(model, mesh=jax.sharding.AbstractMesh((1, 2), ("data", "model")))``.
+    It also works on abstract models, so that shapes can be asked about that do not fit into this machine's memory.
+
+    Args:
+        model: one of this library's models. One that is on a mesh is compiled for as many H100s: for two of them,
+            ``prepare(model, mesh=jax.sharding.AbstractMesh((1, 2), ("data", "model")))``.
+        batch: how many rows there are.
+        tokens: 1 for a step that decodes one token of each row; more for the prefill of prompts of so many tokens.
+        context: how many tokens the key-value cache holds; by default the model's longest.
+        kv_cache: what keys and values are held in, ``"model"`` (the model's dtype) or ``"float8"``.
+        route: how XLA compiles matrix products, ``"cublas"`` or ``"triton"``.
+        capability: the GPU's major compute capability; 8 is one without FP8, to compare.
+        ptx: whether to keep the assembly of XLA's own kernels.
+
+    Returns:
+        The compiled program.
+
+    Raises:
+        FpqError: ``batch`` or ``tokens`` is less than 1, or as in ``compile_for_hopper``.
+
+    Example:
+        >>> from fpq_jax.debug import hopper
+        >>> program = hopper(fpq.load("demo-llama", weights="fp8"), context=64)
+        >>> len(program.matmuls("fp8_matmul"))  # this model is not quantized
+        0
+        >>> program.alias_bytes > 0  # the cache is written in place
+        True
     """
     if batch < 1 or tokens < 1:
         raise FpqError(f"batch is {batch} and tokens {tokens}; both must be at least 1.")
