@@ -53,6 +53,7 @@ from fpq_jax._transform.params import (
 from fpq_jax._transform.quantized import quantized
 from fpq_jax._transform.selection import ParamUse
 from fpq_jax._transform.training import combine, partition, straight_through
+from fpq_jax._version import __version__ as __version__
 from fpq_jax.models.prepare import prepare
 
 __all__ = [

@@ -13,7 +13,7 @@ from fpq_jax._pipeline.text import Windows, check_spec
 from fpq_jax._storage.compressed_tensors import FORMATS
 from fpq_jax._storage.lora_adapter import FOLDER
 from fpq_jax._storage.safetensors_writer import parse_size
-from fpq_jax._support.console import console, progress, run_command, shortened, size_text
+from fpq_jax._support.console import console, progress_bar, run_command, shortened, size_text
 from fpq_jax._support.mesh import make_mesh
 from fpq_jax._support.new_directory import check_output, new_directory
 from fpq_jax.models.parameters import part_names
@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     if options.merge_lorc:
         texts = texts_of(checkpoint, options.eval, seq_len=None, max_windows=options.max_windows)
     parts = part_names(checkpoint.model_config)
-    with new_directory(options.output) as folder, progress("parts", len(parts)) as advance:
+    with new_directory(options.output) as folder, progress_bar("parts", len(parts)) as advance:
         written = export.write(folder, advance)
     files = f"{written.files} file{'s' if written.files > 1 else ''}"
     console.print(f"{options.output}: {size_text(written.nbytes)} in {files}.", markup=False)

@@ -1,28 +1,24 @@
 """Quantize a LLaMA or OPT checkpoint: python -m fpq_jax.quantize --model DIR --output DIR."""
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import yaml
 
 from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, Recipe
-from fpq_jax._checkpoints.model_folder import copy_sidecars, write_manifest
-from fpq_jax._checkpoints.run_progress import is_placed, progress_folder, remove_progress
+from fpq_jax._checkpoints.run_progress import finished_layers, is_placed, progress_folder, remove_progress
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.products import product_kind
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._pipeline.batches import BATCH_TOKENS
-from fpq_jax._pipeline.job import Job
+from fpq_jax._pipeline.job import Job, JobOptions, open_job
+from fpq_jax._pipeline.run import RunResult, check_estimate, copy_report, publish, run_progress, run_recipe
 from fpq_jax._storage.compressed_tensors import can_hold
 from fpq_jax._support.console import console, join_processes, run_command, shortened, size_text
-from fpq_jax._support.files import write_json
-from fpq_jax._support.mesh import is_first, parse_mesh
+from fpq_jax._support.mesh import parse_mesh
 from fpq_jax._support.new_directory import check_output
-from fpq_jax._support.trees import Flat
 
 _DEMO_OUTPUT = Path("fpq-demo")
 _MAX_FALLBACKS = 0.1  # share of Linears for which GPTQ could not run before the command reports failure
@@ -81,25 +77,27 @@ def main(options: Options) -> None:
         check_output(output)
     if options.report is not None and (options.report.is_dir() or not options.report.absolute().parent.is_dir()):
         raise FpqError(f"The report {options.report} cannot be written; name a file in a folder that exists.")
-    job = Job.prepare(
-        options.model,
+    job = open_job(
+        JobOptions(
+            model=options.model,
+            calibration=options.calibration,
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+            eval=options.eval,
+            max_windows=options.max_windows,
+            dtype=options.dtype,
+            seed=options.seed,
+            mesh=mesh,
+            batch_tokens=options.batch_tokens,
+        ),
         [recipe],
-        calibration=options.calibration,
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        eval=options.eval,
-        max_windows=options.max_windows,
-        dtype=options.dtype,
-        seed=options.seed,
-        mesh=mesh,
-        batch_tokens=options.batch_tokens,
     )
     if output is not None and placed:
         if not remove_progress(output, job.facts(recipe)):
             check_output(output)
         console.print(f"{output} was finished already.", markup=False)
-        if options.report is not None and is_first():
-            shutil.copyfile(output / "report.json", options.report)
+        if options.report is not None:
+            copy_report(None, output, options.report)
         return
     try:
         _run(options, job, recipe, output, began)
@@ -116,38 +114,28 @@ def main(options: Options) -> None:
 
 
 def _run(options: Options, job: Job, recipe: Recipe, output: Path | None, began: float) -> None:
-    with job.store(recipe, output) as store:
-        console.print(str(job.check_estimate(recipe, store)), markup=False)
-        original = job.original(store)
-        results = job.quantize(recipe, store)
-        quantized = job.quantized(store)
-        report = job.report(recipe, store, results, original, quantized, time.perf_counter() - began)
-        params = store.abstract()
-        if options.report is not None and is_first():
-            write_json(options.report, report)
-        if output is not None:
-            if is_first():
-                copy_sidecars(job.checkpoint.folder, store.model)
-                recipe_yaml = yaml.safe_dump(report["recipe"], sort_keys=False)
-                (store.model / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-                write_json(store.model / "report.json", report)
-                write_manifest(store.model, store.entries())
-            store.finish()
-    _print_summary(output, params, report)
-    fallbacks = sum(result.fell_back for result in results)
-    if fallbacks > _MAX_FALLBACKS * len(results):
-        console.print(f"GPTQ could not run for {fallbacks} of {len(results)} Linears (see their notes): exit status 1.")
+    with run_progress(job, recipe, output) as progress:
+        console.print(str(check_estimate(job, recipe, progress)), markup=False)
+        result = run_recipe(job, recipe, progress, began=began)
+        publish(job, result.report, progress, output, options.report)
+    _print_summary(output, result)
+    fallbacks = sum(linear.fell_back for linear in result.results)
+    if fallbacks > _MAX_FALLBACKS * len(result.results):
+        console.print(
+            f"GPTQ could not run for {fallbacks} of {len(result.results)} Linears (see their notes): exit status 1."
+        )
         raise SystemExit(1)
 
 
 def _kept(output: Path | None) -> str:
     if output is None:
         return "without --output nothing is kept"
-    layers = len(list(progress_folder(output).glob("progress/layers.*.json")))
-    return f"the same command goes on behind {layers} finished layers, which are kept in {progress_folder(output)}"
+    folder = progress_folder(output)
+    return f"the same command goes on behind {finished_layers(output)} finished layers, which are kept in {folder}"
 
 
-def _print_summary(output: Path | None, params: Flat, report: dict[str, Any]) -> None:
+def _print_summary(output: Path | None, result: RunResult) -> None:
+    report, params = result.report, result.params
     console.print(f"\n{'perplexity':<40} {'original':>10} {'quantized':>10} {'tokens':>10}", markup=False)
     for spec, row in report["perplexity"].items():
         numbers = f"{row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}"

@@ -8,7 +8,9 @@ from typing import Any
 
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._errors import FpqError
-from fpq_jax._pipeline.job import Job
+from fpq_jax._pipeline.job import Job, JobOptions, open_job
+from fpq_jax._pipeline.perplexity import Perplexity
+from fpq_jax._pipeline.run import measure_original, run_progress, run_recipe
 from fpq_jax._support.console import console
 from fpq_jax._support.files import write_json
 
@@ -23,7 +25,7 @@ class Runs:
         """Perplexity of the unquantized model on each evaluation text."""
 
         def run() -> dict[str, Any]:
-            measured = self.job.original()
+            measured = measure_original(self.job)
             return {"perplexity": {spec: {"original": p.value, "tokens": p.tokens} for spec, p in measured.items()}}
 
         report = self._kept("original", None, run)
@@ -34,11 +36,10 @@ class Runs:
 
         def run() -> dict[str, Any]:
             began = time.perf_counter()
-            with self.job.store(recipe, None) as store:
-                results = self.job.quantize(recipe, store, rows=False)
-                quantized = self.job.quantized(store)
-                original = {spec: value._replace(value=self.original()[spec]) for spec, value in quantized.items()}
-                return self.job.report(recipe, store, results, original, quantized, time.perf_counter() - began)
+            tokens = {spec: windows.size - len(windows) for spec, windows in self.job.evaluation.items()}
+            original = {spec: Perplexity(value, tokens[spec]) for spec, value in self.original().items()}
+            with run_progress(self.job, recipe, None) as progress:
+                return run_recipe(self.job, recipe, progress, began=began, original=original, rows=False).report
 
         return self._kept(recipe.name, recipe, run)
 
@@ -66,7 +67,8 @@ class Runs:
 def prepare(options: Any, model: str, recipes: list[Recipe], **changes: Any) -> Job:
     """The job of a model under a script's options, which are named as the command quantize names them."""
     names = ("calibration", "num_samples", "seq_len", "eval", "max_windows", "dtype", "seed")
-    return Job.prepare(model, recipes, **({name: getattr(options, name) for name in names} | changes))
+    given = {name: getattr(options, name) for name in names} | changes
+    return open_job(JobOptions(model=model, **given), recipes)
 
 
 def check(options: Any) -> None:

@@ -10,6 +10,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# tests' programs run once or twice each: optimizing them takes longer than running them
+_FLAGS = "--xla_backend_optimization_level=0"
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault(
     "OPENBLAS_NUM_THREADS", "1"
 )  # of LAPACK: workers beside each other wait for its threads otherwise
@@ -150,6 +154,21 @@ def assert_a_cache_gives_the_same_logits(folder: Path, config: dict) -> None:
     for start, end in ((0, 7), (7, 8), (8, 20)):
         logits, cache = model(tokens[:, start:end], cache, jnp.int32(start))
         np.testing.assert_allclose(logits, whole[:, start:end], atol=2e-5 * float(jnp.abs(whole).max()))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the slow tests, and those that need torch or hopper")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: of the second tier, which --full runs instead of the first")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --full the quick tests alone, with it the others alone."""
+    wanted = [item for item in items if bool(item.get_closest_marker("full")) == config.getoption("--full")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,8 @@ from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4, scheme_for
 from fpq_jax.models.parameters import params_of
 
+pytestmark = pytest.mark.full
+
 CONFIG = {**TINY_CONFIG, "hidden_size": 128, "intermediate_size": 256}
 PRESETS = {"FP8_DYNAMIC": "float32", "FP8": "float32", "MXFP4A16": "bfloat16", "W4A16": "float32"}
 

@@ -3,8 +3,9 @@ from dataclasses import dataclass
 
 import pytest
 
+import fpq_jax
 from fpq_jax import FpqError
-from fpq_jax._support.console import progress, run_command
+from fpq_jax._support.console import progress_bar, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,13 @@ def test_a_wrong_flag_ends_with_status_2(monkeypatch, capsys):
 
 
 def test_progress_draws_nothing_without_a_terminal(capsys):
-    with progress("work", 3) as advance:
+    with progress_bar("work", 3) as advance:
         advance()
         advance(2)
     assert capsys.readouterr().out == ""
+
+
+def test_every_command_tells_its_version(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prog", "--version"])
+    run_command(lambda options: pytest.fail("it ran"), Options, "quantize")
+    assert capsys.readouterr().out == f"fpq_jax {fpq_jax.__version__}\n"

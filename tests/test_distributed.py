@@ -16,6 +16,8 @@ from conftest import TINY_CONFIG, random_tensors, write_checkpoint
 from fpq_jax import QTensor, load, unpack
 from fpq_jax.models.parameters import params_of
 
+pytestmark = pytest.mark.full
+
 ALL_COMMANDS = """
 import json, sys
 from fpq_jax import evaluate, generate, quantize

@@ -114,6 +114,7 @@ def test_constants_have_a_comment_and_a_row_in_the_table_of_formats(name):
     assert f"\n``{name}``  " in inspect.cleandoc(fpq.Format.__doc__)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_run(name, tmp_path, monkeypatch, request):
     if name in HOPPER:

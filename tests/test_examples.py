@@ -15,6 +15,8 @@ from flax import nnx
 import fpq_jax as fpq
 from fpq_jax._support.trees import named_leaves
 
+pytestmark = pytest.mark.full
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = sorted(f.stem for f in EXAMPLES.glob("*.py") if f.stem != "fine_tune")
 is_quantized = lambda leaf: isinstance(leaf, fpq.QTensor)

@@ -175,6 +175,7 @@ def assert_same_with_fp8_activations(oracle, folder):
         np.testing.assert_allclose(found.numpy(), expected, atol=3e-6 * np.abs(expected).max())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8_with_its_adapter(name, quantized, tmp_path):
     peft = pytest.importorskip("peft", reason="the torch extra is not installed")
@@ -213,6 +214,7 @@ def test_everything_that_expands_to_fp8(spec, activations, quantized, tmp_path):
     assert_same_weights(oracle, linears_of(folder))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_mxfp4_with_its_adapter(name, quantized, tmp_path):
     peft = pytest.importorskip("peft", reason="the torch extra is not installed")

@@ -15,7 +15,7 @@ from fpq_jax import FpqError, QuantSpec, linear, lorc, quantize_array
 from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax.debug import compile_for_hopper, hopper
 
-pytestmark = pytest.mark.usefixtures("hopper_compiler")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("hopper_compiler")]
 
 LLAMA_7B = {
     "model_type": "llama",

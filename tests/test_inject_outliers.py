@@ -72,6 +72,7 @@ def test_the_copy_has_the_same_logits(script, tmp_path, capsys, variant):
     assert before < 5 and after > 20
 
 
+@pytest.mark.full
 def test_the_copy_has_the_same_logits_in_torch(script, tmp_path, architecture, original):
     torch = pytest.importorskip("torch", reason="the torch extra is not installed")
     import transformers

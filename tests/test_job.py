@@ -3,7 +3,7 @@
 import pytest
 
 from fpq_jax import FpqError, Recipe
-from fpq_jax._pipeline.job import Job, default_calibration
+from fpq_jax._pipeline.job import JobOptions, default_calibration, open_job
 
 RECIPES = [Recipe.load("w4a8-fp-lorc"), Recipe.load("w8a8-int")]
 
@@ -11,7 +11,7 @@ RECIPES = [Recipe.load("w4a8-fp-lorc"), Recipe.load("w8a8-int")]
 def prepare(model, text, recipes=RECIPES, **changes):
     options = {"calibration": str(text), "num_samples": 5, "seq_len": None, "eval": (), "max_windows": 3,
                "dtype": None, "seed": 0}  # fmt: skip
-    return Job.prepare(str(model), recipes, **(options | changes))
+    return open_job(JobOptions(model=str(model), **(options | changes)), recipes)
 
 
 def test_texts_dtype_and_name_are_the_commands_defaults(tiny_opt, text_file):

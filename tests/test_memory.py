@@ -16,6 +16,8 @@ from fpq_jax import QuantSpec, quantize_array, save
 from fpq_jax.models.parameters import abstract_model, params_of, part_of, to_hf_tensors, with_params
 from fpq_jax.models.registry import model_class_of
 
+pytestmark = pytest.mark.full
+
 MB = 10**6
 # of threads' own arenas, and of what was freed, glibc keeps more than is used: noise here, and a limit counts it
 ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}

@@ -19,7 +19,7 @@ from fpq_jax._matmul.fp4_kernel.matmul import matmul
 from fpq_jax._matmul.fp4_kernel.schedule import Schedule
 from fpq_jax.debug import compile_for_hopper
 
-pytestmark = pytest.mark.usefixtures("hopper_compiler")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("hopper_compiler")]
 
 M2 = QuantSpec(constraint="m2")
 # tokens, inputs, outputs; tokens of a tile, warpgroups, stages, processors; the weight

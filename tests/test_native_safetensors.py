@@ -15,7 +15,6 @@ from conftest import TINY_CONFIG, random_tensors, write_checkpoint
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, QuantSpec, evaluate, export, generate, quantize
 from fpq_jax._checkpoints.model_folder import copy_sidecars
-from fpq_jax._pipeline.text import tail_name
 from fpq_jax.models.parameters import linear_name, params_of, with_params
 
 SPECS = (
@@ -100,8 +99,8 @@ def test_the_reader_in_the_docs(model_and_folder, tmp_path):
 
 def test_the_commands_take_it(model_and_folder, text_file, tmp_path, capsys):
     shutil.copytree(model_and_folder[1], folder := tmp_path / "q")
-    calibration = {"spec": str(text_file), "requested_samples": 8, "seq_len": 32, "max_windows": 4}
-    report = {"perplexity": {tail_name(str(text_file)): {}}, "calibration": calibration}
+    calibration = {"spec": str(text_file), "requested_samples": 8, "seq_len": 32, "max_windows": 4, "held_back": "tail"}
+    report = {"perplexity": {"tail": {}}, "calibration": calibration}
     (folder / "report.json").write_text(json.dumps(report))
     out = write(folder, tmp_path / "out")
     found = []
@@ -116,6 +115,7 @@ def test_the_commands_take_it(model_and_folder, text_file, tmp_path, capsys):
         quantize.main(quantize.Options(model=str(out), calibration=str(text_file)))
 
 
+@pytest.mark.full
 def test_no_other_tool_takes_it_for_a_model(model_and_folder, tmp_path):
     pytest.importorskip("torch", reason="the torch extra is not installed")
     import transformers

@@ -28,6 +28,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_hugging_faces(tmp_path, variant):
     assert_logits_equal_hugging_faces(tmp_path / "model", {**OPT_CONFIG, **VARIANTS[variant]})

@@ -39,6 +39,7 @@ def _same(got, wanted):
     jax.tree.map(np.testing.assert_array_equal, replace(got, axes=None), wanted)
 
 
+@pytest.mark.full
 def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_llama):
     windows = np.random.default_rng(0).integers(0, 250, (8, 32)).astype(np.int32)
     checkpoint = HfCheckpoint(tiny_llama)

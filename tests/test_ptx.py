@@ -15,6 +15,8 @@ from fpq_jax._matmul.fp4_kernel import mosaic
 from fpq_jax._matmul.fp4_kernel.fragments import table
 from fpq_jax._matmul.fp4_kernel.schedule import Schedule
 
+pytestmark = pytest.mark.full
+
 E4M3 = ml_dtypes.float8_e4m3fn
 
 

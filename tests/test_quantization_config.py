@@ -8,6 +8,8 @@ from fpq_jax import FpqError
 from fpq_jax._storage.compressed_tensors import Fp8, Int4, Mxfp4
 from fpq_jax._storage.quantization_config import scheme_of
 
+pytestmark = pytest.mark.full
+
 
 def test_the_arguments_written_are_those_of_the_library():
     pytest.importorskip("torch", reason="the torch extra is not installed")

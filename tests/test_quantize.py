@@ -110,6 +110,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_papers_variants_are_kept_and_evaluated_alike(monkeypatch, capsys, tmp_path, tiny_opt, text_file, name):
     recipe, out = tmp_path / f"{name}.yaml", tmp_path / "out"
@@ -130,6 +131,7 @@ def test_the_papers_variants_are_kept_and_evaluated_alike(monkeypatch, capsys, t
         assert len(set(q.row_scale.ravel()[:8].tolist())) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["w8a8-fp", "w8a8-int", "w4a16-fp", "w4a8-e3m0", "w4a8-int-fp-lorc"])
 def test_recipes_and_named_evaluations(monkeypatch, capsys, tmp_path, tiny_llama, text_file, name):
     report_file = tmp_path / "report.json"
@@ -263,6 +265,7 @@ def test_a_quantized_directory_is_not_quantized_again(monkeypatch, capsys, tmp_p
     assert "already quantized" in error
 
 
+@pytest.mark.full
 def test_a_killed_run_leaves_no_directory_of_that_name(tmp_path, tiny_llama, text_file):
     """Killed while it works: --output must not exist, and the same command then succeeds."""
     line = [sys.executable, "-m", "fpq_jax.quantize", "--model", tiny_llama, "--calibration", text_file,

@@ -360,6 +360,7 @@ def test_gradients_flow_to_inputs_unquantized_leaves_and_factors():
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_the_compiled_program_is_the_one_of_linear_by_hand(hopper_compiler):
     """For an H100: our LLaMA, whose layers call ``linear``, by the general road and by its own."""
     from flax import nnx
@@ -380,6 +381,7 @@ def test_the_compiled_program_is_the_one_of_linear_by_hand(hopper_compiler):
     assert sorted(map(str, general.kernels)) == sorted(map(str, own.kernels)) and "FP8 products" in str(own)
 
 
+@pytest.mark.full
 def test_stacked_weights_are_fp8_products_on_an_h100(hopper_compiler):
     spec = fpq.QuantSpec(constraint="m2", group_size=64)
     x = jnp.ones((4, 64, 128), jnp.bfloat16)
@@ -391,6 +393,7 @@ def test_stacked_weights_are_fp8_products_on_an_h100(hopper_compiler):
     assert "1 FP8 products, 0 other products" in str(debug.compile_for_hopper(fpq.quantized(scan), layers, x[0]))
 
 
+@pytest.mark.full
 def test_tracing_costs_at_most_three_times_as_much():
     """A transformer of 32 layers; processor time, the least of several."""
     import time

@@ -66,6 +66,7 @@ def _run(given: quantize.Options, log: str) -> None:
         quantize.main(given)
 
 
+@pytest.mark.full
 def test_killed_at_twenty_random_moments(work):
     processes = multiprocessing.get_context("forkserver")  # what is imported is there when a run begins
     processes.set_forkserver_preload(["fpq_jax.quantize", "orbax.checkpoint", "transformers", "datasets"])
@@ -133,10 +134,10 @@ def layers_solved(monkeypatch) -> list:
 
 
 def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, monkeypatch, capsys):
-    import fpq_jax._pipeline.job as job
+    import fpq_jax._pipeline.run as run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.Job, "quantized", lambda self, store: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run, "measure_quantized", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(
             KeyboardInterrupt,
             match=f"goes on behind {LAYERS} finished layers, which are kept in .*half.unfinished",
@@ -169,6 +170,7 @@ def test_memory_that_runs_out_is_said_and_loses_nothing(work, half_done, monkeyp
     assert_same_bits(work, "half")
 
 
+@pytest.mark.full
 def test_a_full_disk_is_said_and_when_there_is_room_the_command_goes_on(work, tmp_path):
     """On a tmpfs that the first run fills; where none may be mounted, files that may not be longer than so much."""
     code = (
@@ -199,6 +201,7 @@ def test_a_full_disk_is_said_and_when_there_is_room_the_command_goes_on(work, tm
     assert_same_bits(work, "full")
 
 
+@pytest.mark.full
 def test_every_progress_file_damaged_in_turn(work, half_done, monkeypatch):
     """Each file, cut short, changed in one byte, and gone: found out, and only its part made again."""
     intact = work / "intact"
@@ -335,12 +338,10 @@ def test_a_run_killed_when_its_model_was_in_its_place_is_finished_by_the_same_co
 
 def test_before_anything_is_finished_other_options_may_be_used(work, tmp_path):
     """What a refusal advises can be done; an output that is a link to an empty folder."""
-    import fpq_jax._pipeline.job as job
-
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FpqError, match="too little"):
-        patch.setattr(job.Job, "check_estimate", lambda *a: (_ for _ in ()).throw(FpqError("too little")))
+        patch.setattr(quantize, "check_estimate", lambda *a: (_ for _ in ()).throw(FpqError("too little")))
         quantize.main(replace(options(work, "x", num_samples=10), output=tmp_path / "link"))
     assert (tmp_path / "folder.unfinished" / "job.json").is_file()
     quantize.main(replace(options(work, "x"), output=tmp_path / "link"))

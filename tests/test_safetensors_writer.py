@@ -57,6 +57,7 @@ def test_what_was_written_is_read(size, tmp_path):
         assert index["metadata"] == {"total_size": writer.nbytes}
 
 
+@pytest.mark.full
 def test_the_library_reads_them(tmp_path):
     tensors = random_tensors(2)
     write(tmp_path, tensors, metadata=lambda names: {"format": "pt", "a": "b"})

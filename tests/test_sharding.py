@@ -118,6 +118,7 @@ def test_sizes_that_the_axis_does_not_divide_are_said():
         specs_of(Q_PROJ, jnp.ones((64, 48)), AbstractMesh((2,), ("model",)))
 
 
+@pytest.mark.full
 def test_eight_devices_give_what_one_gives():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     tests = str(Path(__file__).with_name("eight_devices.py"))

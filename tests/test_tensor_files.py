@@ -52,6 +52,7 @@ def assert_same_bits(a, b):
         assert a[path].tobytes() == b[path].tobytes()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_bin_equals_safetensors_bit_for_bit(tmp_path, torch, dtype):
     tensors = {name: t.astype(dtype) for name, t in random_tensors(TINY_CONFIG).items()}
@@ -61,6 +62,7 @@ def test_a_bin_equals_safetensors_bit_for_bit(tmp_path, torch, dtype):
     assert_same_bits(one.read(dtype), other.read(dtype))
 
 
+@pytest.mark.full
 def test_shards_of_bins_equal_one(tmp_path, torch):
     tensors = random_tensors(TINY_CONFIG)
     one = write_bin(tmp_path / "one", TINY_CONFIG, tensors)
@@ -76,6 +78,7 @@ def test_shards_of_bins_equal_one(tmp_path, torch):
         HfCheckpoint(many)
 
 
+@pytest.mark.full
 def test_views_and_parameters_are_read_as_what_they_show(tmp_path, torch):
     base = torch.arange(24.0).reshape(4, 6)
     shown = {
@@ -101,6 +104,7 @@ def test_views_and_parameters_are_read_as_what_they_show(tmp_path, torch):
     assert files["parameter"].read("parameter").dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.full
 def test_both_kinds_tell_the_same_of_a_tensor(tmp_path, torch):
     tensors = {"a": np.ones((2, 3), np.float16), "b": np.ones(3, ml_dtypes.bfloat16), "c": np.ones((), np.float32)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -120,6 +124,7 @@ def test_safetensors_win_and_need_no_torch(tmp_path, monkeypatch):
     np.testing.assert_array_equal(open_files(tmp_path)["a"].read("a"), np.full(3, 5.0))
 
 
+@pytest.mark.full
 def test_a_pickle_that_runs_code_is_refused_before_it_does(tmp_path, torch):
     mark = tmp_path / "mark"
 
@@ -136,6 +141,7 @@ def test_a_pickle_that_runs_code_is_refused_before_it_does(tmp_path, torch):
         mark.rmdir()  # the attack is a real one
 
 
+@pytest.mark.full
 def test_a_torch_whose_unpickler_is_not_safe_is_refused(tmp_path, torch, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / BIN)
     assert list(open_files(tmp_path)) == ["a"]
@@ -144,6 +150,7 @@ def test_a_torch_whose_unpickler_is_not_safe_is_refused(tmp_path, torch, monkeyp
         open_files(tmp_path)
 
 
+@pytest.mark.full
 def test_what_is_no_dict_of_tensors_is_refused_by_name(tmp_path, torch):
     tensor = torch.ones(2)
     for stored, message in (
@@ -157,12 +164,14 @@ def test_what_is_no_dict_of_tensors_is_refused_by_name(tmp_path, torch):
             open_files(tmp_path)
 
 
+@pytest.mark.full
 def test_a_format_from_before_1_6_is_said(tmp_path, torch):
     torch.save({"a": torch.ones(2)}, tmp_path / BIN, _use_new_zipfile_serialization=False)
     with pytest.raises(FpqError, match=rf"{BIN} has the format that torch wrote before 1\.6"):
         open_files(tmp_path)
 
 
+@pytest.mark.full
 def test_damaged_bins_are_said(tmp_path, torch):
     torch.save({"a": torch.arange(1000.0)}, tmp_path / BIN)
     whole = (tmp_path / BIN).read_bytes()
@@ -205,6 +214,7 @@ def test_a_folder_without_tensors_is_said(tmp_path):
         open_files(tmp_path)
 
 
+@pytest.mark.full
 def test_values_that_are_not_finite_name_their_tensor_in_a_bin(tmp_path, torch):
     tensors = random_tensors(TINY_CONFIG)
     tensors[NAME][3, 5] = np.nan
@@ -213,6 +223,7 @@ def test_values_that_are_not_finite_name_their_tensor_in_a_bin(tmp_path, torch):
         checkpoint.read(jnp.float32)
 
 
+@pytest.mark.full
 def test_a_base_models_bin_is_read(tmp_path, torch):
     tensors = random_tensors(OPT_CONFIG)
     whole = HfCheckpoint(write_checkpoint(tmp_path / "whole", OPT_CONFIG, tensors))

@@ -11,6 +11,8 @@ import pytest
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._pipeline.text import load_tokenizer
 
+pytestmark = pytest.mark.full
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo.py"
 NORMS = {"llama": "input_layernorm.scale", "opt": "final_layer_norm.scale"}
 

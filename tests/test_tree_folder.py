@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import fpq_jax as fpq
-from fpq_jax._numerics.qtensor_sharding import placed, shardings_like
+from fpq_jax._numerics.qtensor_sharding import shard_like, shardings_like
 
 RECIPE = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(8)
 
@@ -128,4 +128,4 @@ def test_a_sharded_parameters_arrays_lie_as_it_does():
     assert where.codes.spec == spec(None, None) and where.row_scale.spec == spec(None, None)
     # a parameter on one device: there
     w = jax.device_put(_normal(1, 8, 4), jax.devices()[0])
-    assert placed(rounded(w), w).codes.devices() == w.devices()
+    assert shard_like(rounded(w), w).codes.devices() == w.devices()

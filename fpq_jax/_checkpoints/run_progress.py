@@ -13,7 +13,6 @@ A record is written when its part is on the disk. When a run starts again, a par
 record are not as they were written, is made again.
 """
 
-import fcntl
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from typing import IO, Any
 from fpq_jax._errors import FpqError
 from fpq_jax._storage.orbax_parts import PARAMS, Entry, PartsWriter, Sharding, abstract_part, read_part
 from fpq_jax._support.console import size_text
-from fpq_jax._support.files import folder_digests, json_digest, read_sealed, write_sealed
+from fpq_jax._support.files import folder_digests, json_digest, read_sealed, try_lock, write_sealed
 from fpq_jax._support.machine import free_disk
 from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.trees import Flat, stored_bytes
@@ -43,6 +42,11 @@ def progress_folder(output: Path) -> Path:
     """Where the progress towards ``output`` is."""
     output = output.resolve()
     return output.with_name(output.name + SUFFIX)
+
+
+def finished_layers(output: Path) -> int:
+    """How many layers a run towards ``output`` has finished."""
+    return len(list((progress_folder(output) / _PROGRESS).glob("layers.*.json")))
 
 
 def is_placed(output: Path) -> bool:
@@ -130,10 +134,8 @@ class RunProgress:
     def _locked(self) -> IO[str]:
         """A file that this process has locked for as long as it lives; FpqError if another one has."""
         file = (self.folder / _LOCK).open("w", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FpqError(f"Another process is working on {self.folder}; wait for it, or end it.") from error
+        if not try_lock(file.fileno()):
+            raise FpqError(f"Another process is working on {self.folder}; wait for it, or end it.")
         file.write("held by the run that is working here\n")
         return file
 

@@ -18,8 +18,8 @@ from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size, windows_at_once
 from fpq_jax._pipeline.layerwise import embed, forward, token_losses
 from fpq_jax._pipeline.perplexity import Perplexity, of_losses
-from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows, is_tail, load_tokenizer, window_length
-from fpq_jax._support.console import progress
+from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows, load_tokenizer, window_length
+from fpq_jax._support.console import progress_bar
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.mesh import sum_over_processes
 from fpq_jax._support.placement import replicate, replicated
@@ -66,7 +66,7 @@ def perplexities(
     sums, weight_bytes = np.zeros(len(windows)), 0
     pieces = range(0, len(windows), at_once)
     layers = model_spec.config.num_hidden_layers
-    with progress(f"{title}perplexity on {', '.join(texts)}", len(pieces) * layers) as advance:
+    with progress_bar(f"{title}perplexity on {', '.join(texts)}", len(pieces) * layers) as advance:
         for start in pieces:
             piece = slice(start, start + at_once)
             sums[piece], weight_bytes = _losses_of(
@@ -126,7 +126,7 @@ def texts_of(
     length = window_length(length, config.max_position_embeddings)
     texts: dict[str, Windows] = {}
     for spec in specs or (_DEFAULT_TEXT,):
-        if calibration is not None and is_tail(spec):
+        if calibration is not None and spec == calibration.get("held_back"):
             windows = calibration_text(
                 calibration["spec"],
                 tokenizer,

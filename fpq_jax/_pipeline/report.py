@@ -7,12 +7,17 @@ from typing import Any
 import jax
 
 from fpq_jax._algorithms.quantize_linears import LinearResult
+from fpq_jax._algorithms.recipe import Recipe
+from fpq_jax._checkpoints.run_progress import RunProgress
 from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._pipeline.job import Job
+from fpq_jax._pipeline.perplexity import Perplexity
 from fpq_jax._support.machine import peak_memory
-from fpq_jax._support.trees import Flat
+from fpq_jax._support.trees import Flat, stored_bytes
+from fpq_jax._version import __version__
 
 VERSION = 1
-_PACKAGES = ("fpq-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
 
 
 def layer_row(result: LinearResult) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def bits_per_weight(params: Flat) -> float:
 def environment() -> dict[str, Any]:
     """Peak memory, devices and versions. Memory is the process's peak resident set on the host, and the device's."""
     device_peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3])), "fpq-jax": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -62,3 +67,49 @@ def row_text(result: LinearResult) -> str:
         f"{result.error:>10.3e} {damping:>8} {result.seconds:>8.2f}"
     )
     return "\n".join([line, *(f"  note: {note}" for note in result.notes)])
+
+
+def make_report(
+    job: Job,
+    recipe: Recipe,
+    progress: RunProgress,
+    results: list[LinearResult],
+    original: dict[str, Perplexity],
+    quantized: dict[str, Perplexity],
+    seconds: float,
+) -> dict[str, Any]:
+    """The report's JSON (see docs/checkpoint.md)."""
+    samples, length = job.calibration.windows.shape
+    params = progress.abstract()
+    held_back = None if job.calibration.tail is None else job.calibration.tail_name
+    return {
+        "version": VERSION,
+        "model": job.model_name,
+        "recipe": job.recipe_for_model(recipe).to_dict(),
+        "calibration": {
+            "spec": job.calibration.spec,
+            "num_samples": samples,
+            "requested_samples": job.options.num_samples,
+            "seq_len": length,
+            "max_windows": job.options.max_windows,
+            # the text under "perplexity" that is the end of the calibration text
+            "held_back": None if held_back == job.calibration.spec else held_back,
+        },
+        "dtype": str(job.dtype),
+        "seed": job.options.seed,
+        "mesh": dict(job.mesh.shape),
+        "perplexity": {
+            spec: {
+                "original": original[spec].value,
+                "quantized": quantized[spec].value,
+                "tokens": original[spec].tokens,
+            }
+            for spec in job.evaluation
+        },
+        "layers": [layer_row(result) for result in results],
+        "stages": progress.stages(),
+        "bits_per_weight": bits_per_weight(params),
+        "bytes": {"original": job.checkpoint.nbytes, "quantized": stored_bytes(params)},
+        "seconds": round(seconds, 2),
+        **environment(),
+    }

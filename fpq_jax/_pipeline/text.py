@@ -29,7 +29,6 @@ _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 _DEFAULT_LENGTH = 2048
 _C4_EVALUATION = (1100, 256)  # documents, windows
 _TAIL_SHARE, _TAIL_WINDOWS = 0.1, 64  # held back from the calibration text: this share, at most so many windows
-_TAIL = " (held-back tail)"
 _CHARACTERS_PER_TOKEN = 8  # generous, for how much of C4 to read
 
 
@@ -67,10 +66,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """windows [N, L] to calibrate on; tail [M, L] held back from the same text, None if none was asked for."""
+    """spec: of the text. windows [N, L] to calibrate on; tail [M, L] held back from it, None if none was asked for."""
 
+    spec: str
     windows: Windows
     tail: Int[np.ndarray, "M L"] | None
+
+    @property
+    def tail_name(self) -> str:
+        """What the tail is called in a report; the demo text's is its own evaluation text."""
+        return self.spec if self.spec == "demo" else f"{self.spec} (held-back tail)"
 
 
 def calibration_text(
@@ -96,7 +101,7 @@ def calibration_text(
         size = max(1, min(_TAIL_WINDOWS, int(len(windows) * _TAIL_SHARE)))
         windows, tail = windows[:-size], windows[-size:]
     chosen = np.random.default_rng(seed).permutation(len(windows))[:num_samples]
-    return CalibrationText(windows[chosen], tail)
+    return CalibrationText(spec, windows[chosen], tail)
 
 
 def text_windows(
@@ -133,16 +138,6 @@ def text_windows(
         return evaluation_windows(spec, tokenizer, length=length, vocab_size=len(tokenizer))
     options: Any = {"seed": seed, "hold_back": False, "vocab_size": len(tokenizer)}
     return calibration_text(spec, tokenizer, num_samples=num_samples, length=length, **options).windows
-
-
-def tail_name(spec: str) -> str:
-    """What the tail of a calibration text is called in a report."""
-    return spec if spec == "demo" else spec + _TAIL
-
-
-def is_tail(name: str) -> bool:
-    """Whether a report's row is about the tail of its calibration text."""
-    return name.endswith(_TAIL)
 
 
 def evaluation_windows(spec: str, tokenizer: Any, *, length: int, vocab_size: int) -> Windows:

@@ -1,6 +1,7 @@
 """What a person sees while a command runs: progress on a terminal, plain lines elsewhere; errors in one sentence."""
 
 import errno
+import inspect
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fpq_jax._errors import FpqError
 from fpq_jax._support.mesh import is_first, several_processes, start_processes
+from fpq_jax._version import __version__
 
 Options = TypeVar("Options")
 
@@ -22,7 +24,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar with the time left; yields a function that advances it. Without a terminal nothing is drawn."""
     columns = (
         TextColumn("{task.description}"),
@@ -52,7 +54,11 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
 
     for library in ("absl", "asyncio"):  # orbax's: what fails is told below, once
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}")
+    if "--version" in sys.argv[1:]:
+        print(f"fpq_jax {__version__}")
+        return
+    description = f"{inspect.cleandoc(options.__doc__ or '')} With --version, print the version of fpq_jax."
+    parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}", description=description)
     try:
         _main(main, parsed)
     except FpqError as error:

@@ -1,6 +1,5 @@
 """Folders that have their name only when everything is in them."""
 
-import fcntl
 import glob
 import os
 import shutil
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fpq_jax._errors import FpqError
+from fpq_jax._support.files import try_lock
 
 _JUST_MADE = 60.0  # seconds
 
@@ -38,7 +38,7 @@ def new_directory(directory: Path):
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
     lock = os.open(unfinished, os.O_RDONLY)
     try:
-        _is_free(lock)
+        try_lock(lock)
         yield unfinished
         unfinished.chmod(0o777 & ~_umask())
         try:
@@ -62,19 +62,10 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
                 continue
             lock = os.open(folder, os.O_RDONLY)
             try:
-                if _is_free(lock):
+                if try_lock(lock):
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
-
-
-def _is_free(lock: int) -> bool:
-    """Lock a folder that nobody has locked, until it is closed; False on file systems without locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _umask() -> int:

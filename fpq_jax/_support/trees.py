@@ -6,33 +6,23 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from fpq_jax._errors import FpqError
 
 Flat = dict[str, Any]
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Flat:
+def flatten(tree: Mapping[Any, Any]) -> Flat:
     """The leaves of nested dicts under their dotted paths."""
-    flat: Flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    flat = traverse_util.flatten_dict(tree)
+    return {".".join(map(str, path)): value for path, value in flat.items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[Any, Any]:
     """The inverse of ``flatten``; keys of digits become numbers, as NNX has them for lists."""
-    tree: dict[Any, Any] = {}
-    for path, value in flat.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+    key = lambda name: int(name) if name.isdigit() else name
+    return traverse_util.unflatten_dict({tuple(map(key, path.split("."))): v for path, v in flat.items()})
 
 
 def below(flat: Mapping[str, Any], prefix: str) -> Flat:
@@ -57,10 +47,8 @@ def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[str, Any]],
 
 def path_name(path: Any) -> str:
     """A key path as a name: ``params.layers.0.kernel``. An NNX variable's ``value`` is left out."""
-    names = [str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a))) for key in path]
-    if len(names) > 1 and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        names.pop()
-    return ".".join(names)
+    of_variable = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[:-1] if of_variable else path, simple=True, separator=".")
 
 
 def is_array(leaf: Any) -> bool:
