@@ -55,7 +55,13 @@ def test_imports_go_downward(module):
 
 @pytest.mark.parametrize("module", [module for module in sorted(SOURCES) if room_of(module) == "models"])
 def test_models_read_no_file(module):
-    assert not {name.split(".")[0] for name in imports(SOURCES[module])} & {"pathlib", "os", "io", "json", "safetensors"}
+    assert not {name.split(".")[0] for name in imports(SOURCES[module])} & {
+        "pathlib",
+        "os",
+        "io",
+        "json",
+        "safetensors",
+    }
     names = {node.id for node in ast.walk(ast.parse(SOURCES[module].read_text("utf-8"))) if isinstance(node, ast.Name)}
     assert "open" not in names
 
