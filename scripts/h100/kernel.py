@@ -108,7 +108,7 @@ def _linears_table(rows: list[dict[str, Any]]) -> str:
     lines: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault((row["model"], row["linear"], row["tokens"]), {})[row["variant"]] = row
-    header = ["model", "linear", "tokens", "floor, packed", *LINEARS, "load / kernel", "bf16 / kernel"]
+    header = ["model", "linear", "tokens", "floor, packed", *LINEARS, "fp8 / fragments", "bf16 / fragments"]
     header.append("alone, of bandwidth")
     cells = []
     for at, found in lines.items():
