@@ -70,6 +70,13 @@ OPT_CONFIG = {
 }
 
 
+def mostly_full(values, quick: int) -> list:
+    """Parameters of a test: the first ``quick`` are of the quick tier, the others of the full one."""
+    values = list(values)
+    of = lambda value: value if isinstance(value, tuple) else (value,)
+    return values[:quick] + [pytest.param(*of(value), marks=pytest.mark.full) for value in values[quick:]]
+
+
 def forward(model, tokens):
     """A model as a function of its parameters."""
     return model(tokens)

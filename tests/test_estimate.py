@@ -51,6 +51,7 @@ def test_what_does_not_fit_is_refused_with_what_would(changes, smallest, said):
         check(replace(FITS, **changes, **less))
 
 
+@pytest.mark.full
 def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_llama):
     checkpoint = HfCheckpoint(tiny_llama)
     model_spec = ModelSpec(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))

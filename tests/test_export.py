@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from conftest import TINY_CONFIG, mostly_full, random_tensors, write_checkpoint
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, QuantSpec, export
@@ -188,6 +188,7 @@ def test_fp8_with_its_adapter(name, quantized, tmp_path):
     assert_same_weights(oracle.get_base_model(), linears_of(folder))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("spec", "activations"),
     [
@@ -235,7 +236,7 @@ def _tensor(folder, suffix):
     return file.read(name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_full(MODELS, 1))
 def test_int4(name, quantized, tmp_path):
     folder = quantized(name, INT4, 0, ("down_proj",) if name == "stories" else ("nothing",))
     out = run(folder, "int4", tmp_path / "out")
@@ -247,6 +248,7 @@ def test_int4(name, quantized, tmp_path):
     assert_same_weights(oracle, linears_of(folder))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16(name, quantized, tmp_path):
     folder = quantized(name, M2, 4)
@@ -329,6 +331,7 @@ def test_wrong_arguments(quantized, originals, tmp_path):
         run(folder, "fp8", tmp_path / "there")
 
 
+@pytest.mark.full
 def test_an_export_is_a_model_with_its_lorc(quantized, tmp_path):
     """Exported again it has lost nothing, and what it is evaluated to is what the original is."""
     folder = quantized("stories", M2, 4)
@@ -354,6 +357,7 @@ def test_an_export_is_a_model_with_its_lorc(quantized, tmp_path):
     assert folder_digests(run(mxfp4, "mxfp4", tmp_path / "mxfp4-again")) == folder_digests(mxfp4)
 
 
+@pytest.mark.full
 def test_linears_that_engines_merge(quantized, tmp_path, capsys):
     ignored = lambda out: json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     but = lambda layer, *names: tuple(f"layers.{layer}.{name}" for name in names)
@@ -370,6 +374,7 @@ def test_linears_that_engines_merge(quantized, tmp_path, capsys):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["fp8", "bf16", "safetensors"])
 def test_values_that_are_no_numbers_are_not_written(form, quantized, tmp_path):
     model = fpq.load(quantized("stories", M2, 4))
@@ -404,6 +409,7 @@ def test_a_full_disk_is_said_before_anything_is_written(quantized, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_scales_beyond_a_format_are_found_as_they_are_written(quantized, tmp_path):
     model = fpq.load(quantized("stories", M1, 0, ("down_proj",)))
     params = params_of(model)
@@ -429,6 +435,7 @@ export.main(export.Options(model=sys.argv[1], format="fp8", output=export.Path(s
 """
 
 
+@pytest.mark.full
 def test_a_killed_export_leaves_nothing_that_loads(quantized, tmp_path):
     folder, out = quantized("stories", M2, 4), tmp_path / "out"
     for tensors in (3, 30):

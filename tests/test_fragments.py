@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_full
 
 from fpq_jax import FpqError, QuantSpec, dequantize, lorc, pack, quantize_array
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, of_fragments, table, takes
@@ -33,7 +34,7 @@ def same(a, b):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.format}-{s.group_size}-{s.constraint}")
+@pytest.mark.parametrize("spec", mostly_full(SPECS, 3), ids=lambda s: f"{s.format}-{s.group_size}-{s.constraint}")
 def test_nothing_is_lost(spec):
     shape = [(640, 200), (1100, 64), (70, 3)][SPECS.index(spec) % 3]
     q = weight(shape, spec)
@@ -72,6 +73,7 @@ def test_int4s_lowest_code_is_kept():
     np.testing.assert_array_equal(dequantize(of_fragments(fragments(q))), -8)
 
 
+@pytest.mark.full
 def test_stacks_of_weights():
     stack = jax.vmap(lambda w: quantize_array(w, SPECS[0]))(jax.random.normal(jax.random.key(0), (3, 300, 70)))
     f = jax.vmap(fragments)(stack)

@@ -65,6 +65,7 @@ def test_several_prompts_are_continued_together_and_shown_one_after_the_other(mo
     assert alone.splitlines()[0] in together
 
 
+@pytest.mark.full
 def test_our_own_kernel_is_said_to_be_unmeasured(monkeypatch, capsys, tiny_llama, tmp_path):
     quantize = lambda w: quantize_array(w, QuantSpec(constraint="m2", group_size=32))
     model = load(tiny_llama)

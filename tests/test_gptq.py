@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_full
 
 from fpq_jax import QuantSpec, dequantize, gptq, gptq_with_stats, hessian, quantize_array
 from fpq_jax._algorithms.output_error import output_error
@@ -87,7 +88,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("inputs", "group", "constraint", "fmt", "rounding"), CASES)
+@pytest.mark.parametrize(("inputs", "group", "constraint", "fmt", "rounding"), mostly_full(CASES, 3))
 def test_codes_equal_the_published_algorithms_except_behind_ties(inputs, group, constraint, fmt, rounding):
     w, h = problem(inputs, 24, seed=inputs)
     spec = QuantSpec(format=fmt, group_size=group, constraint=constraint, exponent_rounding=rounding)
@@ -115,6 +116,7 @@ def test_inputs_never_seen_get_zero_weights_and_are_counted():
     np.testing.assert_allclose(got, published(w, h, spec)[0], rtol=1e-5)
 
 
+@pytest.mark.full
 def test_vmap_over_a_stack_equals_one_by_one():
     problems = [problem(130, 8, seed=s) for s in range(3)]
     w, h = (jnp.asarray(np.stack(part)) for part in zip(*problems, strict=True))
@@ -181,6 +183,7 @@ def test_compute_groups_over_rows_hold_inside_gptq():
     assert dataclasses.replace(q.spec, compute_rows=1) == QuantSpec(group_size=32, constraint="m2")
 
 
+@pytest.mark.full
 def test_double_precision_switched_on_changes_nothing():
     x, w = (jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate([(200, 64), (64, 24)]))
     spec = QuantSpec(group_size=24, constraint="m2")

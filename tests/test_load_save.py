@@ -69,6 +69,7 @@ def test_every_leaf_comes_back_as_it_was(tmp_path, quantized):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
+@pytest.mark.full
 def test_expanded_is_the_same_model_without_unpacking(tmp_path, quantized):
     save(tmp_path / "out", quantized)
     tokens = jnp.arange(20)[None]
@@ -208,6 +209,7 @@ def test_a_cached_model_is_found_without_a_network(tmp_path, monkeypatch, cached
         resolve_model("someone/other")
 
 
+@pytest.mark.full
 def test_a_model_with_nothing_behind_its_layers_is_saved_and_loaded(tmp_path):
     config = {**OPT_CONFIG, "_remove_final_layer_norm": True}
     model = load(write_checkpoint(tmp_path / "m", config, random_tensors(config)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_full
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QuantSpec, dequantize, linear, lorc, quantize_array
@@ -44,13 +45,15 @@ def close(found, expected, bound=1e-6):
     assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("tokens", "name"), [*((1, name) for name in SPECS if name != "m2"), (40, "m2")])
+@pytest.mark.parametrize(
+    ("tokens", "name"), mostly_full([(40, "m2"), *((1, name) for name in SPECS if name != "m2")], 2)
+)
 def test_a_product_is_what_float64_says(tokens, name):
     x, q = operands(tokens, 1100, 200, SPECS[name])
     close(linear(x, fragments(q)), exact(x, q))
 
 
-@pytest.mark.parametrize("spec", [SPECS[name] for name in ("m1, groups of 64", "int4")], ids=str)
+@pytest.mark.parametrize("spec", mostly_full([SPECS[name] for name in ("m1, groups of 64", "int4")], 1), ids=str)
 def test_it_is_what_expanded_weights_give(spec):
     """Up to the order of float32 sums; LoRC and bias too."""
     x, q = operands(5, 900, 150, spec, seed=1)
@@ -63,6 +66,7 @@ def test_it_is_what_expanded_weights_give(spec):
     np.testing.assert_array_equal(linear(many, held["fragments"], bias), linear(many, held["fp8"], bias))
 
 
+@pytest.mark.full
 def test_any_schedule_gives_the_product_and_leaves_the_poison_out():
     """Runs that begin and end anywhere; slots that nobody writes are NaN and do not count."""
     rng = np.random.default_rng(2)
@@ -82,12 +86,14 @@ def test_any_schedule_gives_the_product_and_leaves_the_poison_out():
     close(matmul(codes, f, s) * f.row_scale.T, expected)
 
 
+@pytest.mark.full
 def test_gradients_are_those_of_linear():
     x, q = operands(3, 300, 70, SPECS["m2"])
     grads = [jax.grad(lambda x, held=held: (linear(x, held) ** 2).sum())(x) for held in (fragments(q), q)]
     close(grads[0], np.asarray(grads[1]), 1e-5)
 
 
+@pytest.mark.full
 def test_other_peoples_functions_and_stacks():
     """A scan over stacked weights, a single vector, and an expert's axis under vmap."""
     keys = jax.random.split(jax.random.key(0), 2)
@@ -123,6 +129,7 @@ def test_a_tree_is_saved_as_it_was_before(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.full
 def test_trees_are_expanded_under_transformations():
     params = {"kernel": jax.random.normal(jax.random.key(0), (300, 70))}
     small = fpq.quantize_params(params, M2)
@@ -134,6 +141,7 @@ def test_trees_are_expanded_under_transformations():
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_under_64_bits():
     x, q = operands(2, 300, 70, SPECS["m2"])
     expected = linear(x, fragments(q))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_full
 
 from fpq_jax import FpqError, Generator, QTensor, QuantSpec, load, lorc, prepare, quantize_array, save
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments
@@ -31,8 +32,10 @@ def logits(model):
     return np.asarray(jax.jit(lambda t: model(t))(tokens))
 
 
-@pytest.mark.parametrize("folder", ["tiny_llama", "tiny_opt"])
-@pytest.mark.parametrize("spec", [None, M2, QuantSpec(group_size=32), W8], ids=["none", "m2", "free", "w8"])
+@pytest.mark.parametrize("folder", ["tiny_llama", *mostly_full(["tiny_opt"], 0)])
+@pytest.mark.parametrize(
+    "spec", mostly_full([M2, None, QuantSpec(group_size=32), W8], 1), ids=["m2", "none", "free", "w8"]
+)
 def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
     model = load(request.getfixturevalue(folder))
     model = model if spec is None else quantized(model, spec)
@@ -49,6 +52,7 @@ def test_a_prepared_model_gives_what_the_model_gives(request, folder, spec):
     assert at_load.decode_rows == (16 if spec in (M2, W8) else 1)
 
 
+@pytest.mark.full
 def test_a_model_with_our_own_kernel(tiny_llama):
     model = quantized(load(tiny_llama))
     ready = prepare(model, "fragments")
@@ -117,6 +121,7 @@ def test_unknown_options_are_said(tiny_llama):
     assert {m.self_attn.implementation for m in prepare(model, attention="cudnn").layers} == {"cudnn"}
 
 
+@pytest.mark.full
 def test_what_is_replaced_in_place_is_freed_layer_by_layer(tiny_llama):
     model = prepare_in_place(quantized(load(tiny_llama)), "fp8")
     assert model.prepared

@@ -76,6 +76,7 @@ def test_a_run_leaves_all_that_the_other_commands_need(monkeypatch, capsys, tmp_
     assert generated.startswith("the quick") and "4 new tokens" in generated
 
 
+@pytest.mark.full
 def test_an_opt_goes_through_every_command_and_keeps_its_embeddings_once(
     monkeypatch, capsys, tmp_path, tiny_opt, text_file
 ):
@@ -147,12 +148,14 @@ def test_recipes_and_named_evaluations(monkeypatch, capsys, tmp_path, tiny_llama
     assert ("multiply in bfloat16" in printed) == (name == "w4a8-int-fp-lorc")
 
 
+@pytest.mark.full
 def test_a_group_that_does_not_fit_a_row_has_no_fp8_form_and_that_is_said(monkeypatch, capsys, tiny_llama, text_file):
     command(monkeypatch, "--model", tiny_llama, "--recipe", "w4a8-fp", "--group-size", 32, "--calibration", text_file,
             "--num-samples", 4, "--max-windows", 2)  # fmt: skip
     assert "no FP8 form" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_too_many_linears_without_gptq_end_with_status_1(monkeypatch, capsys, tmp_path, tiny_llama, text_file):
     tensors = load_file(tiny_llama / "model.safetensors")
     tensors["model.layers.0.input_layernorm.weight"] *= 0
@@ -280,6 +283,7 @@ def test_a_killed_run_leaves_no_directory_of_that_name(tmp_path, tiny_llama, tex
     assert isinstance(params_of(load(tmp_path / "out"))["layers.0.mlp.up_proj.kernel"], QTensor)
 
 
+@pytest.mark.full
 def test_a_checkpoint_in_float16_is_worked_on_in_float32_on_a_cpu(monkeypatch, capsys, tmp_path, tiny_opt, text_file):
     weights = tiny_opt / "model.safetensors"
     save_file({name: tensor.astype("float16") for name, tensor in load_file(weights).items()}, weights)

@@ -61,6 +61,7 @@ def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_l
     assert (got == expected).mean() > 0.99
 
 
+@pytest.mark.full
 def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     """The second layer's fc1, by hand: its input with nothing of its own layer quantized."""
     checkpoint = HfCheckpoint(tiny_opt)
@@ -91,6 +92,7 @@ def test_a_static_scale_covers_what_calibration_saw(tiny_opt, windows):
     assert parts[0] == parts[1] == parts[2]
 
 
+@pytest.mark.full
 def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama, windows, monkeypatch):
     import fpq_jax._pipeline.quantize_layers as pipeline
 
@@ -124,6 +126,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_llama, windows):
     chex.assert_trees_all_equal(*runs)
 
 
+@pytest.mark.full
 def test_gptq_lowers_the_demo_models_perplexity_below_roundings():
     checkpoint = HfCheckpoint(demo_model_path())
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -146,6 +149,7 @@ def test_rules_leave_linears_as_they_are(tiny_llama, windows):
     assert not isinstance(params["layers.0.mlp.up_proj.kernel"], QTensor)
 
 
+@pytest.mark.full
 def test_dead_layers_and_zero_weights_are_finite_and_said(tmp_path, windows):
     tensors = random_tensors(TINY_CONFIG)
     tensors["model.layers.0.input_layernorm.weight"][:] = 0  # q, k and v see zeros; o as well, through v

@@ -152,6 +152,7 @@ def test_ctrl_c_ends_with_a_sentence_and_the_command_goes_on(work, half_done, mo
     assert_same_bits(work, "half")
 
 
+@pytest.mark.full
 def test_memory_that_runs_out_is_said_and_loses_nothing(work, half_done, monkeypatch):
     import fpq_jax._pipeline.quantize_layers as pipeline
 
@@ -274,6 +275,7 @@ def test_another_job_is_refused_and_told_what_differs(work, half_done, changes, 
     assert (half_done / "progress" / "layers.1.json").is_file()
 
 
+@pytest.mark.full
 def test_another_model_version_or_tokenizer_is_refused(work, half_done, tmp_path, monkeypatch):
     from safetensors.numpy import load_file, save_file
 
@@ -318,6 +320,7 @@ def test_a_folder_of_that_name_with_other_things_in_it_is_left_alone(work):
     assert (work / "other.unfinished" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.full
 def test_a_run_killed_when_its_model_was_in_its_place_is_finished_by_the_same_command(work, half_done, capsys):
     facts = (half_done / "job.json").read_text()
     for changes, said in (({}, None), ({"seed": 1}, "exists and is not empty")):
@@ -336,6 +339,7 @@ def test_a_run_killed_when_its_model_was_in_its_place_is_finished_by_the_same_co
     assert isinstance(params_of(load(work / "placed"))["layers.0.mlp.up_proj.kernel"], QTensor)
 
 
+@pytest.mark.full
 def test_before_anything_is_finished_other_options_may_be_used(work, tmp_path):
     """What a refusal advises can be done; an output that is a link to an empty folder."""
     (tmp_path / "folder").mkdir()
