@@ -6,6 +6,7 @@ Logical shape [in, out] like a Flax kernel; codes are stored [out, in], contract
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -198,6 +199,8 @@ class QTensor:
         return self.group_scale is None and self.spec.format.expands
 
 
+# jitted here, since eagerly each of their many operations would be compiled for itself
+@partial(jax.jit, static_argnames="spec", inline=True)
 def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
     """Quantizes one weight by rounding to nearest.
 
@@ -244,6 +247,7 @@ def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, sp
     return QTensor(codes, **parts, spec=spec, shape=(in_features, out_features))
 
 
+@partial(jax.jit, static_argnames=("dtype", "low_rank"), inline=True)
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = True) -> Float[Array, "*stack in out"]:
     """Computes the weight that a QTensor stands for, in float32.
 
