@@ -15,7 +15,7 @@ from fpq_jax._matmul.products import FP8_MULTIPLE, product_kind
 from fpq_jax._matmul.weight_layouts import check_any_for_fragments, check_layout, is_quantized, to_layout
 from fpq_jax._numerics.concatenate import can_concatenate, concatenate, joined
 from fpq_jax._numerics.qtensor import QTensor, check_exponents
-from fpq_jax._support.mesh import MODEL
+from fpq_jax._support.mesh import MODEL, abstract_mesh
 from fpq_jax.models.layers import Block, Embedding, Linear, MergedLinear
 from fpq_jax.models.parameters import params_of, with_params
 from fpq_jax.models.sharding import division, sharding, shardings
@@ -52,6 +52,7 @@ def prepare(
         >>> ready.prepared, model.prepared
         (True, False)
     """
+    mesh = abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else mesh
     on = model.mesh if mesh is None else mesh
     check_layout(weights, None if on is None else on.size)
     check_any_for_fragments(params_of(model).values(), weights)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, mostly_full, random_tensors, write_checkpoint
+from conftest import TINY_CONFIG, random_tensors, write_checkpoint
 
 import fpq_jax as fpq
 from fpq_jax import FpqError, QTensor, QuantSpec, export
@@ -236,7 +236,8 @@ def _tensor(folder, suffix):
     return file.read(name)
 
 
-@pytest.mark.parametrize("name", mostly_full(MODELS, 1))
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
 def test_int4(name, quantized, tmp_path):
     folder = quantized(name, INT4, 0, ("down_proj",) if name == "stories" else ("nothing",))
     out = run(folder, "int4", tmp_path / "out")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from fpq_jax import FpqError, QuantSpec, lorc, quantize_array
 from fpq_jax._matmul.linear import RowParallelKernel
 from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._support.mesh import abstract_mesh
 from fpq_jax.models.parameters import abstract_model, params_of
 from fpq_jax.models.registry import model_class_of
 from fpq_jax.models.sharding import shardings
@@ -103,7 +104,7 @@ def test_a_prepared_model_has_parts_of_merged_outputs_and_knows_which_inputs_are
     divided = {path for path, leaf in params.items() if isinstance(leaf, RowParallelKernel)}
     assert divided == {f"layers.{i}.{name}.kernel" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
     assert params["layers.1.mlp.down_proj.kernel"].kernel.codes.sharding.spec == COLUMNS
-    assert model.mesh == model.embed_tokens.mesh == TWO
+    assert model.mesh == model.embed_tokens.mesh == abstract_mesh(TWO)
 
 
 def test_sizes_that_the_axis_does_not_divide_are_said():

@@ -54,9 +54,7 @@ def _concatenate_low_rank(kernels: Sequence[QTensor], shards: int) -> LowRank | 
     scale = None if present[0].scale is None else jnp.concatenate([factors.scale for factors in present])
     blocks, rank = [], 0
     for kernel in kernels:
-        block: Array = jnp.zeros((a.shape[1], kernel.shape[1]), present[0].b.dtype)
-        if kernel.low_rank is not None:
-            block = block.at[rank : rank + len(kernel.low_rank.b)].set(kernel.low_rank.b)
-            rank += len(kernel.low_rank.b)
-        blocks.append(block)
+        b = jnp.zeros((0, kernel.shape[1]), present[0].b.dtype) if kernel.low_rank is None else kernel.low_rank.b
+        blocks.append(jnp.pad(b, ((rank, a.shape[1] - rank - len(b)), (0, 0))))
+        rank += len(b)
     return LowRank(a, joined(blocks, 1, shards), scale)

@@ -6,9 +6,11 @@ tokenized once, with the special tokens that the tokenizer adds by itself, and c
 """
 
 import gzip
+import importlib.util
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ Split = Literal["calibration", "evaluation"]
 Windows = Int[np.ndarray, "N L"]
 
 _SPECS = "wikitext2, ptb, c4, demo, or the path of a .txt, .raw, .tokens, .jsonl or .jsonl.gz file"
+_DATA_SETS = ("wikitext2", "ptb", "c4")
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 _DEFAULT_LENGTH = 2048
@@ -34,7 +37,14 @@ _CHARACTERS_PER_TOKEN = 8  # generous, for how much of C4 to read
 
 def check_spec(spec: str) -> None:
     """FpqError if ``spec`` names no known data set and no file that could be read as text."""
-    if spec in ("wikitext2", "ptb", "c4", "demo"):
+    if spec == "demo":
+        return
+    if spec in _DATA_SETS:
+        if "datasets" not in sys.modules and importlib.util.find_spec("datasets") is None:
+            raise FpqError(
+                f"The text {spec} is fetched with the package datasets, which is not installed; "
+                "pip install 'fpq-jax[data]', or name a file."
+            )
         return
     if not spec.endswith(_TEXT_SUFFIXES + _JSONL_SUFFIXES):
         raise FpqError(f"{spec!r} is no text that can be read; name {_SPECS}.")
@@ -175,7 +185,7 @@ def _documents(spec: str, split: Split, characters: int | None) -> list[str]:
     check_spec(spec)
     if spec == "demo":
         return ["\n\n".join(demo_topics(held_out=split == "evaluation"))]
-    if spec in ("wikitext2", "ptb", "c4"):
+    if spec in _DATA_SETS:
         return _data_set(spec, split, characters)
     try:
         if spec.endswith(_TEXT_SUFFIXES):

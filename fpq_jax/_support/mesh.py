@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from fpq_jax._errors import FpqError
 
@@ -67,8 +67,12 @@ def parse_mesh(text: str | None) -> Mesh:
 
 
 def abstract_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    """Its axes without the devices: what programs hold, so that they can be compiled for others."""
-    return AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names))
+    """Its axes without the devices: what programs hold, so that they can be compiled for others.
+
+    XLA propagates shardings over all of them (``AxisType.Auto``), whatever JAX's default is.
+    """
+    names = tuple(mesh.axis_names)
+    return AbstractMesh(tuple(mesh.shape.values()), names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def over_model(function: Any, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Any:

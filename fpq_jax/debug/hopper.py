@@ -5,6 +5,7 @@ routes for a matrix product: "cublas" (XLA's Triton GEMMs off) and "triton" (wit
 happen without a device).
 """
 
+import importlib.metadata
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -196,8 +197,20 @@ def _devices(capability: int, count: int) -> Any:
             platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=target
         )
     except (NotImplementedError, RuntimeError) as error:
-        raise FpqError(
-            "Compiling for an H100 needs the extra hopper (pip install 'fpq-jax[hopper]') and JAX_PLATFORMS=cpu in the "
-            f"environment before JAX starts ({type(error).__name__}: {str(error).partition(chr(10))[0]})."
-        ) from error
+        remedy = (
+            "needs the extra hopper (pip install 'fpq-jax[hopper]') and JAX_PLATFORMS=cpu in the environment before"
+        )
+        if (found := _plugin_version()) not in (None, jax.__version__):
+            wanted = f"jax {jax.__version__} and found {found}; pip install jax-cuda13-plugin=={jax.__version__} before"
+            remedy = f"needs the jax-cuda13-plugin of {wanted}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise FpqError(f"Compiling for an H100 {remedy} JAX starts ({reason}).") from error
     return topology.devices
+
+
+def _plugin_version() -> str | None:
+    """Of XLA's CUDA compiler, None where it is not installed; it must be that of jax."""
+    try:
+        return importlib.metadata.version("jax-cuda13-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        return None
