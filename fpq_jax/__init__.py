@@ -8,6 +8,7 @@ if not _Path(__file__).with_name("models").is_dir():
 
 from fpq_jax._algorithms.gptq import gptq, gptq_with_stats
 from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.output_error import output_error
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._algorithms.statistics import hessian
 from fpq_jax._checkpoints.load_save import load, save
@@ -100,6 +101,7 @@ __all__ = [
     "load",
     "lorc",
     "make_mesh",
+    "output_error",
     "pack",
     "partition",
     "perplexity",

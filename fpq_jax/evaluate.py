@@ -39,8 +39,8 @@ class Options:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Unquantized arithmetic; by default as stored."""
     weights: WeightLayout = "fp8"
-    """4-bit weights in FP8 from the start (load), or packed until they are multiplied (step): the same numbers; kernel
-    is for the few tokens of generate, and expands the weights for the many of a batch of windows."""
+    """4-bit weights expanded to FP8 from the start (fp8), or packed until they are multiplied (packed): the same
+    numbers; fragments is for the few tokens of generate, and expands the weights for the many of a batch of windows."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or rounded as an FP8 cache would (float8)."""
     batch_tokens: int = BATCH_TOKENS
@@ -48,7 +48,7 @@ class Options:
     mesh: str | None = None
     """Devices to divide the windows over, as data=4; by default one."""
     distributed: bool = False
-    """Join the same command's other processes; see the README."""
+    """Join the same command's other processes; see docs/scale.md."""
     report: Path | None = None
     """JSON file for the result."""
 

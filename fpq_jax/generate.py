@@ -35,14 +35,14 @@ class Options:
     seed: int = 0
     """Of the sampling."""
     weights: WeightLayout = "fp8"
-    """4-bit weights in FP8 from the start (load), or packed: half the memory, expanded when they are multiplied (step),
-    or multiplied as they are by our own kernel for Hopper, which has not been measured yet (kernel)."""
+    """4-bit weights expanded to FP8 from the start (fp8); or half the memory: expanded when they are multiplied
+    (packed), or laid out for our own kernel for Hopper, which has not been measured yet (fragments)."""
     kv_cache: KvCache = "model"
     """Keys and values as the model computes them, or in FP8 (float8): half the memory of 16 bits."""
     mesh: str | None = None
     """Devices, as data=2,model=4: rows divided over data, weights over model; left out, one device."""
     distributed: bool = False
-    """Join the same command's other processes; see the README."""
+    """Join the same command's other processes; see docs/scale.md."""
 
 
 def main(options: Options) -> None:

@@ -51,7 +51,7 @@ class Options:
     mesh: str | None = None
     """Devices to divide windows and outputs over, as data=4,model=2 (here their product counts); by default one."""
     distributed: bool = False
-    """Join the same command's other processes; see the README."""
+    """Join the same command's other processes; see docs/scale.md."""
     output: Path | None = None
     """Directory for the result; left out, nothing but the report is kept (fpq-demo if --model is left out too)."""
     report: Path | None = None

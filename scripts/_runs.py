@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fpq_jax._algorithms.recipe import Recipe
-from fpq_jax._errors import FpqError
-from fpq_jax._pipeline.job import Job, JobOptions, open_job
-from fpq_jax._pipeline.perplexity import Perplexity
-from fpq_jax._pipeline.run import measure_original, run_progress, run_recipe
-from fpq_jax._support.console import console
-from fpq_jax._support.files import write_json
+from fpq_jax import FpqError, Perplexity, Recipe
+from fpq_jax._pipeline.job import Job, JobOptions, open_job  # private: many recipes on one opened model
+from fpq_jax._pipeline.run import (  # private: many recipes on one opened model
+    measure_original,
+    run_progress,
+    run_recipe,
+)
+from fpq_jax._support.console import console  # private: speaks as the commands do
+from fpq_jax._support.files import write_json  # private: written whole, as the commands' reports
 
 
 class Runs:

@@ -14,11 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpq_jax._algorithms.gptq import gptq_with_stats
-from fpq_jax._algorithms.output_error import output_error
-from fpq_jax._numerics.formats import E2M1
-from fpq_jax._numerics.qtensor import dequantize
-from fpq_jax._numerics.spec import QuantSpec
+from fpq_jax import E2M1, QuantSpec, dequantize, gptq_with_stats, output_error
 
 
 @dataclass(frozen=True, kw_only=True)

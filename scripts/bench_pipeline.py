@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fpq_jax._algorithms.lorc import OVERSAMPLING, POWER_ITERATIONS
-from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, Recipe
-from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._pipeline.quantize_layers import quantize_checkpoint
-from fpq_jax._storage.orbax_parts import PartsWriter
-from fpq_jax._support.console import console, run_command
-from fpq_jax._support.mesh import make_mesh
+from fpq_jax import Recipe, make_mesh
+from fpq_jax._algorithms.lorc import OVERSAMPLING, POWER_ITERATIONS  # private: what its operations are counted by
+from fpq_jax._algorithms.recipe import DEFAULT_RECIPE  # private: its name alone
+from fpq_jax._checkpoints.huggingface import HfCheckpoint  # private: a checkpoint read and written tensor by tensor
+from fpq_jax._pipeline.quantize_layers import quantize_checkpoint  # private: times the pipeline's stages
+from fpq_jax._storage.orbax_parts import PartsWriter  # private: times the writing of a part
+from fpq_jax._support.console import console, run_command  # private: speaks as the commands do
 from fpq_jax.models.llama import Llama
 from fpq_jax.models.parameters import abstract_model, params_of, to_hf_tensors
 

@@ -23,9 +23,9 @@ from h100 import correctness, generation, gptq, kernel, linears
 from h100.common import DATASHEET, FULL, TINY, Clock, Sizes, measured_ceilings
 from rich.console import Console
 
-from fpq_jax._errors import FpqError
-from fpq_jax._pipeline.report import environment
-from fpq_jax._support.files import write_json
+from fpq_jax import FpqError
+from fpq_jax._pipeline.report import environment  # private: told as in the commands' reports
+from fpq_jax._support.files import write_json  # private: written whole, as the commands' reports
 
 SECONDS = 460
 

@@ -18,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._checkpoints.model_folder import copy_sidecars
-from fpq_jax._checkpoints.sources import open_original, resolve_model
-from fpq_jax._errors import FpqError
-from fpq_jax._numerics.qtensor import Axes
-from fpq_jax._support.console import console, run_command
-from fpq_jax._support.new_directory import check_output, new_directory
-from fpq_jax._support.trees import Flat
-from fpq_jax._transform.recorder import RecordedKernel, Recorder
+from fpq_jax import Axes, FpqError
+from fpq_jax._checkpoints.huggingface import HfCheckpoint  # private: a checkpoint read and written tensor by tensor
+from fpq_jax._checkpoints.model_folder import copy_sidecars  # private: a copy has its model's files
+from fpq_jax._checkpoints.sources import open_original, resolve_model  # private: models are named as in the commands
+from fpq_jax._support.console import console, run_command  # private: speaks as the commands do
+from fpq_jax._support.new_directory import (  # private: appears whole, as the commands' output
+    check_output,
+    new_directory,
+)
+from fpq_jax._support.trees import Flat  # private: a type
+from fpq_jax._transform.recorder import RecordedKernel, Recorder  # private: the inputs themselves, not their Hessians
 from fpq_jax.models.llama import Llama
 from fpq_jax.models.opt import Opt
 from fpq_jax.models.parameters import abstract_model, to_hf_tensors, with_params

@@ -18,10 +18,9 @@ from typing import Any, Literal
 import inject_outliers
 from _runs import Runs, check, model_title, prepare, table, text_title
 
-from fpq_jax._algorithms.recipe import Recipe
-from fpq_jax._errors import FpqError
-from fpq_jax._pipeline.job import default_calibration
-from fpq_jax._support.console import console, run_command
+from fpq_jax import FpqError, Recipe
+from fpq_jax._pipeline.job import default_calibration  # private: many recipes on one opened model
+from fpq_jax._support.console import console, run_command  # private: speaks as the commands do
 
 _FP8 = {"format": "e4m3", "group_size": "channel"}
 SCHEMES = {

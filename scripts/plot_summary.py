@@ -15,8 +15,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from _runs import model_title, table, text_title
 
-from fpq_jax._errors import FpqError
-from fpq_jax._support.console import console, run_command
+from fpq_jax import FpqError
+from fpq_jax._support.console import console, run_command  # private: speaks as the commands do
 
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 _INK, _FAINT, _GRAY, _LAYERS, _REST, _DOT = "#24292f", "#6e7781", "#8c959f", "#2f6db5", "#b9cde5", "#c2410c"

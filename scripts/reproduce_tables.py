@@ -16,9 +16,8 @@ from typing import Any, Literal
 import yaml
 from _runs import Runs, check, model_title, prepare, table, text_title
 
-from fpq_jax._algorithms.recipe import Recipe
-from fpq_jax._errors import FpqError
-from fpq_jax._support.console import console, run_command
+from fpq_jax import FpqError, Recipe
+from fpq_jax._support.console import console, run_command  # private: speaks as the commands do
 
 PAPER = yaml.safe_load(Path(__file__).with_name("zeroquant_fp.yaml").read_text(encoding="utf-8"))
 

@@ -31,8 +31,8 @@ from safetensors.flax import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fpq_jax._checkpoints.demo import demo_topics
-from fpq_jax._pipeline.perplexity import perplexity
+from fpq_jax import perplexity
+from fpq_jax._checkpoints.demo import demo_topics  # private: the demo's own files and texts
 from fpq_jax.models.parameters import params_of, to_hf_tensors
 from fpq_jax.models.registry import model_class_of
 

@@ -64,16 +64,16 @@ class Compiled:
 
 def test_kernels_and_the_products_among_them():
     program = Program.of(Compiled(), "ptx")
-    kinds = [k.kind for k in program.kernels]
+    kinds = [k.kind for k in program.launches]
     assert kinds == ["fp8_matmul", "fusion", "matmul", "fp8_matmul", *["collective"] * 3, "copy", "other"]
     # each once, however it is started
-    assert [(k.op, k.output) for k in program.kernels[4:7]] == [
+    assert [(k.op, k.output) for k in program.launches[4:7]] == [
         ("all-reduce", "f32[256,32]"),
         ("all-gather", "((s32[16], f32[16]), (s32[32], f32[32]))"),
         ("reduce-scatter", "f32[128,32]"),
     ]
-    assert program.kernels[4].scope == "jit(f)/psum"
-    assert program.kernels[0] == Launch(
+    assert program.launches[4].scope == "jit(f)/psum"
+    assert program.launches[0] == Launch(
         "fp8_matmul",
         "cublas.1",
         "jit(f)/dot_general",
@@ -86,6 +86,6 @@ def test_kernels_and_the_products_among_them():
     assert len(program.matmuls("fp8_matmul", but=("attention",))) == 1
     assert (program.temp_bytes, program.argument_bytes, program.alias_bytes, program.ptx) == (5, 6, 7, "ptx")
     assert str(program) == (
-        "9 kernels: 2 FP8 products, 1 other products (1 in lorc), 1 fusions, 1 copies, 3 collectives, 1 others; "
+        "9 launches: 2 FP8 products, 1 other products (1 in lorc), 1 fusions, 1 copies, 3 collectives, 1 others; "
         "6 bytes of arguments, 5 of temporaries"
     )

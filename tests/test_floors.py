@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import fpq_jax
+
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("_errors", "_version"),
@@ -65,3 +67,12 @@ def test_sub_packages_are_empty():
     packages = [path for module, path in SOURCES.items() if module.endswith("__init__")]
     full = [path for path in packages if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1]
     assert {path.parent.name for path in full} == {"fpq_jax", "debug"}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: path.name)
+def test_scripts_use_public_names_or_say_why_not(script):
+    text = script.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fpq_jax._"):
+            assert "# private: " in ast.get_source_segment(text, node) + text.splitlines()[node.end_lineno - 1]
+            assert not {alias.name for alias in node.names} & set(fpq_jax.__all__)

@@ -55,7 +55,7 @@ def program(name, what, layers=32, rank=0, weights="fp8", mesh=None, **options):
 
 
 def kernels_per_layer(*arguments, **options):
-    one, two = (len(program(*arguments, layers=layers, **options).kernels) for layers in (1, 2))
+    one, two = (len(program(*arguments, layers=layers, **options).launches) for layers in (1, 2))
     return two - one
 
 
@@ -63,7 +63,7 @@ def weight_shaped(compiled, name, products=None):
     """Kernels that write something of a weight's shape, either way round."""
     shapes = {tuple(sorted(shape)) for shape in products or PRODUCTS[name]}
     dims = lambda text: [tuple(sorted(map(int, m.split(",")))) for m in re.findall(r"\[([\d,]+)\]", text)]
-    return [k for k in compiled.kernels if shapes & set(dims(k.output))]
+    return [k for k in compiled.launches if shapes & set(dims(k.output))]
 
 
 def weights_of(products):
@@ -98,7 +98,7 @@ def test_a_linear_is_one_fp8_product_for_any_number_of_tokens(what, rank, tokens
     padded = max(16, tokens)
     assert compiled.temp_bytes < WORKSPACE + padded * (4 * 4 * shape[1] * (1 if tokens > 16 else 2) + 3 * shape[0])
     # absmax, codes, product, epilogue; padding, or the scales of many tokens; LoRC with its own padding and split sums
-    assert len(compiled.kernels) <= 4 + (tokens < 16 or tokens >= 1024) + 6 * bool(rank)
+    assert len(compiled.launches) <= 4 + (tokens < 16 or tokens >= 1024) + 6 * bool(rank)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -108,10 +108,10 @@ def test_dimensions_that_fp8_does_not_take_are_padded_once_at_load(route):
     assert q.codes.shape == (112, 176) and q.shape == shape
     compiled = compiled_linear(16, shape, q, route)
     assert len(compiled.matmuls("fp8_matmul")) == 1 and not compiled.matmuls("matmul")
-    assert not [k for k in compiled.kernels if "[112,176]" in k.output]
+    assert not [k for k in compiled.launches if "[112,176]" in k.output]
     unpadded = jax.eval_shape(lambda w: quantize_array(w, SPECS["w8a8"]), jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     padded_each_time = compiled_linear(16, shape, unpadded, route)
-    assert len(padded_each_time.kernels) > len(compiled.kernels)
+    assert len(padded_each_time.launches) > len(compiled.launches)
 
 
 def test_triton_multiplies_e4m3_with_wgmma():
@@ -161,12 +161,12 @@ def test_the_formulation_itself_passes():
     for route in ROUTES:
         compiled = broken("none", route=route)
         assert len(compiled.matmuls("fp8_matmul")) == 1 and not compiled.matmuls("matmul")
-        assert not [k for k in compiled.kernels if "[11008,4096]" in k.output or "[4096,11008]" in k.output]
+        assert not [k for k in compiled.launches if "[11008,4096]" in k.output or "[4096,11008]" in k.output]
 
 
 def test_weights_stored_with_k_first_are_copied():
     compiled = broken("weights stored [K, N]")
-    assert [k for k in compiled.kernels if "f8e4m3fn[11008,4096]" in k.output]
+    assert [k for k in compiled.launches if "f8e4m3fn[11008,4096]" in k.output]
     assert compiled.temp_bytes > 11008 * 4096
 
 
@@ -227,7 +227,7 @@ def test_the_prefill_of_a_whole_model(name, route):
     scores, product, hidden = 32 * 2048 * 2048, 2048 * widest, 2048 * 4096
     # scores and weights of one layer, one product in float32 and 16 bits, some hidden states
     assert compiled.temp_bytes < WORKSPACE + (4 + 2) * scores + (4 + 2) * product + 8 * 2 * hidden
-    assert [k.output for k in compiled.kernels if k.kind == "copy"] in ([], ["s32[1]"])
+    assert [k.output for k in compiled.launches if k.kind == "copy"] in ([], ["s32[1]"])
 
 
 # kernels of one decoder layer with our own kernel: a decode step of one row, of 16 rows
@@ -256,7 +256,7 @@ def test_a_decode_step_with_our_own_kernel(name, rank):
 def test_a_prefill_with_our_own_kernels_weights_is_that_of_packed_ones():
     own, packed = (program("llama-7b", "w4a8", layers=1, weights=how, tokens=2048) for how in ("fragments", "packed"))
     assert not own.matmuls("fp4_matmul")
-    assert Counter(k.kind for k in own.kernels) == Counter(k.kind for k in packed.kernels)
+    assert Counter(k.kind for k in own.launches) == Counter(k.kind for k in packed.launches)
     assert own.temp_bytes == packed.temp_bytes
 
 
@@ -296,7 +296,7 @@ def test_packed_weights_are_expanded_one_product_at_a_time(name):
     largest = max(rows * inputs for rows, inputs in PRODUCTS[name])
     assert largest <= packed.temp_bytes < 1.5 * largest
     assert len(weight_shaped(packed, name)) <= 8
-    assert len(packed.kernels) <= len(fp8.kernels) + 2 * 8
+    assert len(packed.launches) <= len(fp8.launches) + 2 * 8
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -304,7 +304,7 @@ def test_an_fp8_cache_is_read_as_codes(name):
     compiled = program(name, "w8a8", layers=1, batch=16, kv_cache="float8")
     codes, scales = 2 * 16 * 2048 * 4096, 2 * 16 * 2048 * 32 * 4
     assert codes + scales <= compiled.alias_bytes < codes + scales + 1024
-    slots = [k for k in compiled.kernels if re.search(r"(bf16|f32)\[16,32,2048,128\]", k.output)]
+    slots = [k for k in compiled.launches if re.search(r"(bf16|f32)\[16,32,2048,128\]", k.output)]
     assert not slots and len(compiled.matmuls("fp8_matmul")) == 4
 
 
@@ -312,7 +312,7 @@ def test_an_fp8_cache_is_read_as_codes(name):
 
 
 def collectives(compiled):
-    return Counter((k.op, k.output) for k in compiled.kernels if k.kind == "collective")
+    return Counter((k.op, k.output) for k in compiled.launches if k.kind == "collective")
 
 
 def halves(name):

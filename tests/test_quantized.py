@@ -378,7 +378,7 @@ def test_the_compiled_program_is_the_one_of_linear_by_hand(hopper_compiler):
     small = fpq.expand_params(fpq.quantize_params(params, recipe, uses=uses))
     general, own = (debug.compile_for_hopper(f, small, tokens) for f in (fpq.quantized(apply), apply))
     assert str(general) == str(own)
-    assert sorted(map(str, general.kernels)) == sorted(map(str, own.kernels)) and "FP8 products" in str(own)
+    assert sorted(map(str, general.launches)) == sorted(map(str, own.launches)) and "FP8 products" in str(own)
 
 
 @pytest.mark.full

@@ -1,6 +1,6 @@
 """What a way to store quantized Linears in a Hugging Face folder has to say.
 
-Those of ``_compressed_tensors`` are for other tools, ``_packed`` is our own.
+Those of ``compressed_tensors`` are for other tools, that of ``native_safetensors`` is our own.
 """
 
 import abc

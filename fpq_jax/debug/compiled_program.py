@@ -1,4 +1,4 @@
-"""A compiled XLA program as a list of kernels, read from its HLO text."""
+"""A compiled XLA program as a list of launches of GPU kernels, read from its HLO text."""
 
 import re
 from collections import Counter
@@ -40,7 +40,7 @@ class Launch:
     Example:
         >>> from fpq_jax.debug import Program
         >>> compiled = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jnp.ones((2, 3))).compile()
-        >>> [(launch.kind, launch.output) for launch in Program.of(compiled).kernels]
+        >>> [(launch.kind, launch.output) for launch in Program.of(compiled).launches]
         [('fusion', 'f32[2,3]')]
     """
 
@@ -57,7 +57,7 @@ class Program:
     """Describes a compiled program: what it launches, and the memory of a device that it needs.
 
     Attributes:
-        kernels: the launches in order.
+        launches: the launches of GPU kernels in order.
         temp_bytes: size of the temporary buffers.
         argument_bytes: size of the arguments.
         alias_bytes: how much of the outputs is written over donated arguments.
@@ -73,7 +73,7 @@ class Program:
         []
     """
 
-    kernels: tuple[Launch, ...]
+    launches: tuple[Launch, ...]
     temp_bytes: int
     argument_bytes: int
     alias_bytes: int
@@ -93,7 +93,7 @@ class Program:
         """
         hlo, memory = compiled.as_text(), compiled.memory_analysis()
         return cls(
-            kernels=tuple(_kernels(hlo)),
+            launches=tuple(_launches(hlo)),
             temp_bytes=memory.temp_size_in_bytes,
             argument_bytes=memory.argument_size_in_bytes,
             alias_bytes=memory.alias_size_in_bytes,
@@ -111,16 +111,16 @@ class Program:
         Returns:
             The launches.
         """
-        return [k for k in self.kernels if k.kind == kind and not any(f"/{scope}/" in k.scope for scope in but)]
+        return [k for k in self.launches if k.kind == kind and not any(f"/{scope}/" in k.scope for scope in but)]
 
     def __str__(self) -> str:
-        count = Counter(kernel.kind for kernel in self.kernels)
+        count = Counter(launch.kind for launch in self.launches)
         scopes = Counter(_scope_of(k.scope) for k in self.matmuls("matmul"))
         others = ", ".join(f"{n} in {scope}" for scope, n in sorted(scopes.items()))
         collectives = f"{count['collective']} collectives, " if count["collective"] else ""
         fp4 = f"{count['fp4_matmul']} of our own kernel, " if count["fp4_matmul"] else ""
         return (
-            f"{len(self.kernels)} kernels: {fp4}{count['fp8_matmul']} FP8 products, {count['matmul']} other products"
+            f"{len(self.launches)} launches: {fp4}{count['fp8_matmul']} FP8 products, {count['matmul']} other products"
             f"{f' ({others})' if others else ''}, {count['fusion']} fusions, {count['copy']} copies, "
             f"{collectives}{count['other']} others; {self.argument_bytes:,} bytes of arguments, "
             f"{self.temp_bytes:,} of temporaries"
@@ -132,7 +132,7 @@ def _scope_of(op_name: str) -> str:
     return known[0] if known else "linears"
 
 
-def _kernels(hlo: str) -> list[Launch]:
+def _launches(hlo: str) -> list[Launch]:
     computations, entry = _computations(hlo)
     return _launched(computations, entry)
 
@@ -154,14 +154,14 @@ def _computations(hlo: str) -> tuple[dict[str, list[re.Match[str]]], str]:
 def _launched(computations: dict[str, list[re.Match[str]]], name: str) -> list[Launch]:
     types = {i["name"]: i["type"] for i in computations[name]}
     scopes = {i["name"]: _op_name(i["operands"]) for i in computations[name]}
-    kernels = []
+    launches: list[Launch] = []
     for instruction in computations[name]:
         op, rest = instruction["op"], instruction["operands"]
         called = [c for c in _CALLED.findall(rest) if c in computations]
         if op in _NO_KERNELS or op.endswith("-done"):
             continue
         if op in ("call", "while", "conditional", "async-start"):
-            kernels += [kernel for c in called for kernel in _launched(computations, c)]
+            launches += [launch for c in called for launch in _launched(computations, c)]
             continue
         kind: KernelKind = "copy" if op in ("copy", "copy-start", "transpose") else "other"
         if op.removesuffix("-start") in _COLLECTIVES:
@@ -176,8 +176,8 @@ def _launched(computations: dict[str, list[re.Match[str]]], name: str) -> list[L
             kind = "fp8_matmul" if all(f.startswith("f8") for f in factors) else "fp4_matmul" if own else "matmul"
         # a rewritten instruction may have lost its own name: what it is computed from tells where it is from
         scope = scopes[instruction["name"]] or next((scopes[n] for n in _operand_names(rest) if scopes.get(n)), "")
-        kernels.append(Launch(kind, instruction["name"], scope, _LAYOUT.sub("", instruction["type"]), factors, op))
-    return kernels
+        launches.append(Launch(kind, instruction["name"], scope, _LAYOUT.sub("", instruction["type"]), factors, op))
+    return launches
 
 
 def _op_name(rest: str) -> str:

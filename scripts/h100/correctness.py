@@ -11,13 +11,26 @@ import numpy as np
 from flax import nnx
 from h100.common import Clock, Sizes, compiled_in_parallel, compiler_options, markdown, on_gpu
 
-from fpq_jax import Generator, QuantSpec, dequantize, gptq, hessian, linear, load, lorc, prepare, quantize_array
-from fpq_jax._algorithms.output_error import output_error
-from fpq_jax._checkpoints.demo import demo_model_path
-from fpq_jax._matmul.products import product_kind
-from fpq_jax._matmul.weight_layouts import to_layout
-from fpq_jax._numerics.activations import fake_quantize_tokens, quantize_tokens
-from fpq_jax._numerics.formats import E4M3, INT8_ASYM
+from fpq_jax import (
+    E4M3,
+    INT8_ASYM,
+    Generator,
+    QuantSpec,
+    dequantize,
+    gptq,
+    hessian,
+    linear,
+    load,
+    lorc,
+    output_error,
+    prepare,
+    quantize_array,
+    quantize_tokens,
+)
+from fpq_jax._checkpoints.demo import demo_model_path  # private: the demo's own files and texts
+from fpq_jax._matmul.products import product_kind  # private: checks which product is taken
+from fpq_jax._matmul.weight_layouts import to_layout  # private: one kernel in each layout
+from fpq_jax._numerics.activations import fake_quantize_tokens  # private: the rounding that is compared with
 from fpq_jax.debug import Program
 from fpq_jax.models.parameters import params_of, with_params
 

@@ -23,8 +23,8 @@ from h100.common import (
 )
 
 from fpq_jax import QuantSpec, lorc, prepare, quantize_array
-from fpq_jax._generation.generator import GREEDY, prefill, step
-from fpq_jax._generation.row_sharding import row_keys
+from fpq_jax._generation.generator import GREEDY, prefill, step  # private: the compiled steps, timed without the loop
+from fpq_jax._generation.row_sharding import row_keys  # private: what the compiled steps are given
 from fpq_jax.debug import Program
 from fpq_jax.models.llama import Llama, LlamaConfig
 from fpq_jax.models.parameters import abstract_model, params_of, with_params
@@ -227,6 +227,6 @@ def _measure(
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
         cache_bytes=cache_bytes,
         temp_bytes=inside.temp_bytes,
-        kernels_per_layer=round(len(inside.kernels) / model.config.num_hidden_layers, 1),
+        kernels_per_layer=round(len(inside.launches) / model.config.num_hidden_layers, 1),
         fp8_products=len(inside.matmuls("fp8_matmul")),
     )

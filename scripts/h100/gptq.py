@@ -28,10 +28,9 @@ from h100.common import (
 from h100.generation import config_of
 from safetensors.numpy import save_file
 
-from fpq_jax import QuantSpec, Recipe, gptq, hessian
-from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._pipeline.quantize_layers import quantize_checkpoint
-from fpq_jax._support.mesh import make_mesh
+from fpq_jax import QuantSpec, Recipe, gptq, hessian, make_mesh
+from fpq_jax._checkpoints.huggingface import HfCheckpoint  # private: a checkpoint read and written tensor by tensor
+from fpq_jax._pipeline.quantize_layers import quantize_checkpoint  # private: times the pipeline's stages
 from fpq_jax.models.llama import Llama
 from fpq_jax.models.parameters import abstract_model, params_of, to_hf_tensors
 

@@ -32,13 +32,18 @@ from h100.common import (
 )
 
 from fpq_jax import QTensor, QuantSpec, dequantize, quantize_array
-from fpq_jax._matmul.fp4_kernel.fragments import Fragments, fragments, group_length, of_fragments
-from fpq_jax._matmul.fp4_kernel.matmul import matmul
-from fpq_jax._matmul.fp4_kernel.schedule import schedule_for
+from fpq_jax._matmul.fp4_kernel.fragments import (  # private: the GPU kernel alone
+    Fragments,
+    fragments,
+    group_length,
+    of_fragments,
+)
+from fpq_jax._matmul.fp4_kernel.matmul import matmul  # private: the GPU kernel alone
+from fpq_jax._matmul.fp4_kernel.schedule import schedule_for  # private: the GPU kernel alone
 
 LINEARS = ("bf16", "W4A8 fp8", "W4A8 fragments", "W4A8 fragments alone", "torch bf16", "torch scaled_mm")
 MODELS = ("W4A8 fragments", "bf16")  # the others are in the part generation
-TILES = ((2, 8), (2, 4), (4, 4), (4, 3))  # (warpgroups, steps in flight) to choose from for _schedule.py
+TILES = ((2, 8), (2, 4), (4, 4), (4, 3))  # (warpgroups, steps in flight) to choose from for schedule.py
 _FORMATS = ("e2m1", "e3m0", "int4")
 _GROUPS = (256, 64, 32, 128, 512, 96, "channel")
 _BOUND = 2**-10  # of the sum of magnitudes; the tensor core drops what is below 2^-13 of the largest that it adds

@@ -31,8 +31,8 @@ from h100.common import (
 )
 
 from fpq_jax import QuantSpec, linear, quantize_array
-from fpq_jax._matmul.fp4_kernel.matmul import matmul
-from fpq_jax._matmul.weight_layouts import to_layout
+from fpq_jax._matmul.fp4_kernel.matmul import matmul  # private: the GPU kernel alone
+from fpq_jax._matmul.weight_layouts import to_layout  # private: one kernel in each layout
 from fpq_jax.debug import Program
 
 _PACKED = dict.fromkeys(("W4A8 packed", "W4A8 fragments", "W4A8 fragments alone"), 0.5)  # bytes a weight

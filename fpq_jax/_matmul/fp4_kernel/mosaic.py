@@ -2,7 +2,7 @@
 
 A block of threads has a warpgroup that only loads, by TMA, and warpgroups that multiply, each for 64 outputs and all
 tokens of a tile. A step of 256 inputs: the weight's words, the tokens' codes and the groups' scales come into shared
-memory; a thread loads 16 bytes of words, makes 32 E4M3 numbers of them in its registers (see ``_fragments``), and the
+memory; a thread loads 16 bytes of words, makes 32 E4M3 numbers of them in its registers (see ``fragments``), and the
 tensor core multiplies these with the tokens in shared memory. The weight is the instruction's first factor, since that
 is the one that may come from registers; so tokens are its columns, 8 to 128 of them. Each group of inputs is summed up
 on its own, then scaled and added in float32: no exponent needs to fit FP8, free scales are as good as powers of two,
