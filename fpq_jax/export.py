@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpq_jax._checkpoints.export import Export, FormatName, plan
+from fpq_jax._checkpoints.export import Export, FormatName, prepare_export
 from fpq_jax._checkpoints.sources import open_model, resolve_model
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._pipeline.evaluation import perplexities_of, texts_of
@@ -53,7 +53,7 @@ def main(options: Options) -> None:
         check_spec(spec)
     check_output(options.output)
     checkpoint = open_model(resolve_model(options.model))
-    export = plan(checkpoint, options.format, merge_lorc=options.merge_lorc, max_shard_size=size)
+    export = prepare_export(checkpoint, options.format, merge_lorc=options.merge_lorc, max_shard_size=size)
     texts = {}
     if options.merge_lorc:
         texts = texts_of(checkpoint, options.eval, seq_len=None, max_windows=options.max_windows)

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 
 from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, Recipe
-from fpq_jax._checkpoints.run_progress import finished_layers, is_placed, progress_folder, remove_progress
+from fpq_jax._checkpoints.run_progress import finished_layers, is_published, progress_folder, remove_progress
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.products import product_kind
 from fpq_jax._numerics.qtensor import QTensor
@@ -72,8 +72,8 @@ def main(options: Options) -> None:
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
     output = options.output or (_DEMO_OUTPUT if options.model is None else None)
-    placed = output is not None and is_placed(output)
-    if output is not None and not placed:
+    published = output is not None and is_published(output)
+    if output is not None and not published:
         check_output(output)
     if options.report is not None and (options.report.is_dir() or not options.report.absolute().parent.is_dir()):
         raise FpqError(f"The report {options.report} cannot be written; name a file in a folder that exists.")
@@ -92,7 +92,7 @@ def main(options: Options) -> None:
         ),
         [recipe],
     )
-    if output is not None and placed:
+    if output is not None and published:
         if not remove_progress(output, job.facts(recipe)):
             check_output(output)
         console.print(f"{output} was finished already.", markup=False)

@@ -20,7 +20,7 @@ class Decoder(nnx.Module):
     A model class has these tables for its Hugging Face checkpoints: NAMES, pairs of a pattern for parameters' paths and
     the tensor's name; IGNORED, patterns of tensors that some checkpoints carry and nothing needs; Config, the class
     of its configuration; EMBEDDING, the beginnings of the paths of what ``embed`` needs; DIVISIBLE, the sizes in Config
-    that a "model" axis must divide; DIVIDED, "outputs" and "inputs" -> a pattern for the names of what it divides so;
+    that a "model" axis must divide; SPLIT, "outputs" and "inputs" -> a pattern for the names of what it divides so;
     BLOCKS, the classes whose Linears of one input may be merged.
     """
 
@@ -29,7 +29,7 @@ class Decoder(nnx.Module):
     EMBEDDING: tuple[str, ...]
     Config: Any
     DIVISIBLE: tuple[str, ...]
-    DIVIDED: ClassVar[dict[str, str]]
+    SPLIT: ClassVar[dict[str, str]]
     BLOCKS: tuple[type[Block], ...]
 
     config: Any

@@ -194,7 +194,7 @@ class Llama(Decoder):
     IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
     EMBEDDING = ("embed_tokens.",)
     DIVISIBLE = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    DIVIDED: ClassVar = {
+    SPLIT: ClassVar = {
         "outputs": r"(q|k|v|qkv|gate|up|gate_up)_proj|lm_head|embed_tokens",
         "inputs": r"(o|down)_proj",
     }

@@ -162,7 +162,7 @@ class Opt(Decoder):
     IGNORED = (r"lm_head\.weight",)  # where it is tied
     EMBEDDING = ("embed_", "project_in.")
     DIVISIBLE = ("num_attention_heads", "ffn_dim")
-    DIVIDED: ClassVar = {"outputs": r"(q|k|v|qkv)_proj|fc1|lm_head|embed_tokens", "inputs": r"out_proj|fc2"}
+    SPLIT: ClassVar = {"outputs": r"(q|k|v|qkv)_proj|fc1|lm_head|embed_tokens", "inputs": r"out_proj|fc2"}
     Config = OptConfig
     BLOCKS = (Attention,)
 

@@ -18,7 +18,7 @@ from fpq_jax._numerics.qtensor import QTensor, check_exponents
 from fpq_jax._support.mesh import MODEL, abstract_mesh
 from fpq_jax.models.layers import Block, Embedding, Linear, MergedLinear
 from fpq_jax.models.parameters import params_of, with_params
-from fpq_jax.models.sharding import division, sharding, shardings
+from fpq_jax.models.sharding import sharding, shardings, split_of
 
 
 def prepare(
@@ -58,16 +58,16 @@ def prepare(
     check_any_for_fragments(params_of(model).values(), weights)
     if attention not in ("xla", "cudnn"):
         raise FpqError(f"attention is {attention!r}; it must be xla or cudnn.")
-    return prepare_in_place(nnx.clone(model) if mesh is None else divide(model, mesh), weights, attention)
+    return prepare_in_place(nnx.clone(model) if mesh is None else shard(model, mesh), weights, attention)
 
 
-def divide(model: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shard(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The model with its parameters on ``mesh``. FpqError if it cannot be divided so."""
     if model.prepared and model.mesh != mesh:
         raise FpqError("A model that was prepared for other devices cannot be divided; load it without weights.")
     params = params_of(model)
     if not model.prepared:
-        params = jax.tree.map(_placed, params, shardings(type(model), model.config, params, mesh))
+        params = jax.tree.map(_onto, params, shardings(type(model), model.config, params, mesh))
     return on_mesh(with_params(model, params), mesh)
 
 
@@ -99,7 +99,7 @@ def prepare_in_place(model: Any, weights: str, attention: str = "xla") -> Any:
             kernel = placement.computed(to_layout, kernel, layout=weights, pad=model.mesh is None)
             if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
                 model.decode_rows = FP8_MULTIPLE
-                kernel = placement.divided(kernel)
+                kernel = placement.row_parallel(kernel)
             module.kernel.set_value(kernel)
     own = [kernel for kernel in params_of(model).values() if isinstance(kernel, Fragments)]
     if own and all(kernel.low_rank is None for kernel in own):
@@ -126,12 +126,12 @@ class _Placement:
             return shapes
         where = sharding(self.model_class, f"{self.name}.{part}", shapes, self.mesh)
         if abstract:
-            return jax.tree.map(_placed, shapes, where)
-        return _laid_out(arguments, f, tuple(static.items()), tuple(jax.tree.leaves(where)))
+            return jax.tree.map(_onto, shapes, where)
+        return _computed_onto(arguments, f, tuple(static.items()), tuple(jax.tree.leaves(where)))
 
-    def divided(self, kernel: QTensor) -> Any:
+    def row_parallel(self, kernel: QTensor) -> Any:
         """Marked for ``linear`` where a device has some of the inputs."""
-        if self.mesh is None or division(self.model_class, self.name) != "inputs":
+        if self.mesh is None or split_of(self.model_class, self.name) != "inputs":
             return kernel
         return RowParallelKernel(kernel, self.mesh)
 
@@ -152,13 +152,13 @@ def _merge(module: Block, name: str, parts: tuple[str, ...], placement: _Placeme
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _laid_out(arguments: Any, f: Callable[..., Any], static: Any, where: tuple[Any, ...]) -> Any:
+def _computed_onto(arguments: Any, f: Callable[..., Any], static: Any, where: tuple[Any, ...]) -> Any:
     """f(*arguments, **static), its leaves ``where`` they belong; compiled once for all layers."""
     leaves, structure = jax.tree.flatten(f(*arguments, **dict(static)))
     return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, where))
 
 
-def _placed(leaf: Any, where: Any) -> Any:
+def _onto(leaf: Any, where: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(where.mesh, AbstractMesh):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return jax.device_put(leaf, where)

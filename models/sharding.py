@@ -2,7 +2,7 @@
 
 By outputs: query, key, value, gate, up, the first of OPT's two, and the head; a device has whole heads and its own part
 of the vocabulary, and nothing is sent. By inputs: what takes these; its products are sums that all devices add up. A
-model class says which in DIVIDED. What it does not name is on every device, and so is a vocabulary that the axis does
+model class says which in SPLIT. What it does not name is on every device, and so is a vocabulary that the axis does
 not divide.
 """
 
@@ -19,7 +19,7 @@ from fpq_jax._numerics.qtensor_sharding import qtensor_specs
 from fpq_jax._support.mesh import MODEL, check_mesh
 from fpq_jax._support.trees import Flat
 
-Division = Literal["outputs", "inputs"]
+Split = Literal["outputs", "inputs"]
 
 
 def shardings(model_class: Any, config: Any, params: Flat, mesh: Mesh | AbstractMesh) -> Flat:
@@ -28,11 +28,11 @@ def shardings(model_class: Any, config: Any, params: Flat, mesh: Mesh | Abstract
     ``params``: arrays or ShapeDtypeStructs and QTensors of either. FpqError if the "model" axis does not divide
     the model.
     """
-    check_division(model_class, config, mesh)
+    check_divisible(model_class, config, mesh)
     return {path: sharding(model_class, path, leaf, mesh) for path, leaf in params.items()}
 
 
-def check_division(model_class: Any, config: Any, mesh: Mesh | AbstractMesh) -> None:
+def check_divisible(model_class: Any, config: Any, mesh: Mesh | AbstractMesh) -> None:
     """FpqError naming a size of the model that the "model" axis does not divide."""
     check_mesh(mesh)
     devices = mesh.shape[MODEL]
@@ -43,9 +43,9 @@ def check_division(model_class: Any, config: Any, mesh: Mesh | AbstractMesh) -> 
             )
 
 
-def division(model_class: Any, name: str) -> Division | None:
+def split_of(model_class: Any, name: str) -> Split | None:
     """How the Linear or table of this attribute's name is divided; None: it is on every device."""
-    for how, pattern in model_class.DIVIDED.items():
+    for how, pattern in model_class.SPLIT.items():
         if re.fullmatch(pattern, name):
             return how
     return None
@@ -54,11 +54,11 @@ def division(model_class: Any, name: str) -> Division | None:
 def sharding(model_class: Any, path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The NamedSharding of one parameter, or a QTensor of them."""
     *_, module, part = ("", *path.split("."))
-    specs = _specs(leaf, part, division(model_class, module), mesh)
+    specs = _specs(leaf, part, split_of(model_class, module), mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def _specs(leaf: Any, part: str, how: Division | None, mesh: Mesh | AbstractMesh) -> Any:
+def _specs(leaf: Any, part: str, how: Split | None, mesh: Mesh | AbstractMesh) -> Any:
     devices = mesh.shape[MODEL]
     if isinstance(leaf, QTensor):
         axis = {"inputs": 0, "outputs": 1}.get(how or "")

@@ -111,16 +111,16 @@ def gptq_with_stats(
     w = jnp.where(dead[:, None], 0.0, w)
     importance = jnp.diagonal(hessian)
 
-    plan = _Plan.of(spec, in_features)
-    source = plan.source(in_features)
+    blocking = _Blocking.of(spec, in_features)
+    source = blocking.source(in_features)
     hessian, w_padded = _pad(hessian, w, source)
     factor, damping = _factorize(hessian, damping * jnp.mean(importance), damping, jnp.asarray(source >= 0))
     reference = row_reference(w, spec)
     weight = jnp.where(source >= 0, importance[source], jnp.float32(0))
-    values, scales = _solve(w_padded, factor, reference, weight, spec, plan, in_features)
+    values, scales = _quantize_blocks(w_padded, factor, reference, weight, spec, blocking, in_features)
 
     codes = encode(values, spec.format)
-    if plan.padded != in_features:
+    if blocking.padded != in_features:
         codes = codes[np.flatnonzero(source >= 0)]
     groups = spec.num_groups(in_features)
     q = assemble(codes, jax.tree.map(lambda m: m[:groups], scales), reference, spec)
@@ -128,7 +128,7 @@ def gptq_with_stats(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Blocking:
     """How the inputs are cut: blocks of segments; a group is ``per_group`` segments and never crosses a block.
 
     Groups are padded with dead inputs to whole segments, so every shape is static. A row that is one group has its
@@ -143,7 +143,7 @@ class _Plan:
     one_group: bool
 
     @classmethod
-    def of(cls, spec: QuantSpec, in_features: int) -> "_Plan":
+    def of(cls, spec: QuantSpec, in_features: int) -> "_Blocking":
         groups, length = spec.num_groups(in_features), spec.group_length(in_features)
         one_group = groups == 1
         cut = min(length, _ONE_GROUP_BLOCK) if one_group else length
@@ -199,26 +199,26 @@ def _factorize(hessian: Array, added: Array, damping: float | Array, real: Array
     return factor, damping * 10.0**i
 
 
-def _solve(
+def _quantize_blocks(
     w: Float[Array, "P out"],
     factor: Float[Array, "P P"],
     reference: Scale,
     weight: Float[Array, " P"],
     spec: QuantSpec,
-    plan: _Plan,
+    blocking: _Blocking,
     in_features: int,
 ) -> tuple[Array, Scale]:
     """(values [P, out] of the format, scales [groups, out]) of the padded weight."""
-    (padded, out), block, segment = w.shape, plan.block, plan.segment
-    group = plan.per_group * segment
-    groups = 1 if plan.one_group else padded // group
+    (padded, out), block, segment = w.shape, blocking.block, blocking.segment
+    group = blocking.per_group * segment
+    groups = 1 if blocking.one_group else padded // group
     chunks = -(-padded // _CHUNK)
     factor_columns = jnp.pad(factor, ((0, 0), (0, chunks * _CHUNK - padded)))
     blocks = _diagonal_blocks(factor, block)
     inverses = jax.lax.linalg.triangular_solve(
         blocks, jnp.broadcast_to(jnp.eye(block, dtype=jnp.float32), blocks.shape), left_side=True, lower=True
     )  # U_bb^T
-    if plan.one_group:
+    if blocking.one_group:
         scales = jax.tree.map(lambda m: m[None], group_scale(w, reference, weight, spec, in_features))
     else:
         scales = Scale(
@@ -247,7 +247,7 @@ def _solve(
         def one_segment(i, state):
             v, values_block, scales, scale = state
             first = i * segment
-            if not plan.one_group:
+            if not blocking.one_group:
 
                 def new_scale(_):
                     rows = jax.lax.dynamic_slice_in_dim(v, first, group)
@@ -256,7 +256,7 @@ def _solve(
                     index = (start + first) // group
                     return scale, jax.tree.map(lambda all_, one: all_.at[index].set(one), scales, scale)
 
-                scale, scales = jax.lax.cond(i % plan.per_group == 0, new_scale, lambda _: (scale, scales), None)
+                scale, scales = jax.lax.cond(i % blocking.per_group == 0, new_scale, lambda _: (scale, scales), None)
             columns = jax.lax.dynamic_slice_in_dim(lower, first, segment, axis=1)  # of U^T: rows of U
             diagonal = jax.lax.dynamic_slice_in_dim(columns, first, segment)
             v_segment = jax.lax.dynamic_slice_in_dim(v, first, segment)
@@ -268,8 +268,8 @@ def _solve(
             return v, values_block, scales, scale
 
         state = (v, jnp.zeros_like(v), scales, jax.tree.map(lambda m: m[0], scales))
-        _, values_block, scales, scale = jax.lax.fori_loop(0, plan.per_block, one_segment, state)
-        if not plan.one_group:
+        _, values_block, scales, scale = jax.lax.fori_loop(0, blocking.per_block, one_segment, state)
+        if not blocking.one_group:
             these = lambda m: jax.lax.dynamic_slice_in_dim(m, start // group, block // group)
             scale = jax.tree.map(lambda m: jnp.repeat(these(m), group, axis=0), scales)
         # residuals against the weights as given, not as updated
@@ -279,7 +279,7 @@ def _solve(
         return values, residual, scales
 
     state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out), jnp.float32), scales)
-    values, _, scales = jax.lax.fori_loop(0, plan.blocks, one_block, state)
+    values, _, scales = jax.lax.fori_loop(0, blocking.blocks, one_block, state)
     return values, scales
 
 

@@ -41,7 +41,7 @@ _EXACT: tuple[FormatName, ...] = ("fp8", "mxfp4", "int4")
 
 @dataclass(frozen=True)
 class Export:
-    """A model about to be exported; made by ``plan``, which has found that it can be."""
+    """A model about to be exported; made by ``prepare_export``, which has found that it can be."""
 
     checkpoint: QuantizedCheckpoint | HfCheckpoint
     leaves: Flat  # every parameter's shape, by path in the order in which they are read
@@ -164,7 +164,7 @@ class Export:
         return self._merged_by_engines()[1]
 
 
-def plan(
+def prepare_export(
     checkpoint: QuantizedCheckpoint | HfCheckpoint, name: FormatName, *, merge_lorc: bool, max_shard_size: int
 ) -> Export:
     """What exporting the model in the format takes. FpqError for what the format cannot hold, with one that can."""

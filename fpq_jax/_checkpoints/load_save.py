@@ -23,7 +23,7 @@ from fpq_jax._support.trees import Flat
 from fpq_jax.models.decoder import Decoder
 from fpq_jax.models.parameters import build_model, part_names
 from fpq_jax.models.prepare import on_mesh, prepare_in_place
-from fpq_jax.models.sharding import check_division, shardings
+from fpq_jax.models.sharding import check_divisible, shardings
 
 
 def save(directory: str | Path, model: Any) -> None:
@@ -103,7 +103,7 @@ def load(
     if weights is not None:
         check_any_for_fragments(abstract_leaves(checkpoint), weights)
     if mesh is not None:
-        check_division(checkpoint.model_class, checkpoint.model_config, mesh)
+        check_divisible(checkpoint.model_class, checkpoint.model_config, mesh)
     if weights is not None and dtype is None and arithmetic_dtype(checkpoint.dtype) != checkpoint.dtype:
         dtype = arithmetic_dtype(checkpoint.dtype)
     if dtype is None and isinstance(checkpoint, HfCheckpoint):

@@ -49,7 +49,7 @@ def finished_layers(output: Path) -> int:
     return len(list((progress_folder(output) / _PROGRESS).glob("layers.*.json")))
 
 
-def is_placed(output: Path) -> bool:
+def is_published(output: Path) -> bool:
     """Whether a run was killed when its model was already in its place, its progress still there."""
     folder = progress_folder(output)
     return output.is_dir() and is_progress(folder) and not (folder / _MODEL).exists()
@@ -208,7 +208,7 @@ class RunProgress:
         """Bytes of the finished parts on the disk."""
         return sum(path.stat().st_size for path in self.model.rglob("*") if path.is_file())
 
-    def told(self, name: str, key: str) -> Any:
+    def recorded(self, name: str, key: str) -> Any:
         """What ``write`` was told of a finished part."""
         return self._records[name][key]
 

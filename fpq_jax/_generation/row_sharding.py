@@ -36,7 +36,7 @@ class Rows:
         assert self.mesh is not None
         return P(None if self.count % self.mesh.shape[DATA] else DATA)
 
-    def placed(self, array: np.ndarray) -> Array:
+    def to_devices(self, array: np.ndarray) -> Array:
         """An array [rows, ...] on every device."""
         if self.mesh is None:
             return jnp.asarray(array)

@@ -130,7 +130,9 @@ def estimate(
         for paths in _largest(side_by_side(hardest, sharing, layer), layer):
             shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
-            device = max(device, hessians - shape[0] ** 2 * 4 + _program_bytes(program))
+            # the layer's weights and the other statistics are there meanwhile
+            beside = stored_bytes(layer) + hessians - shape[0] ** 2 * 4
+            device = max(device, beside + _program_bytes(program))
     outer = params_of(model_spec.without_layers())
     eval_size = batch_size(evaluated, length, mesh, batch_tokens)
     device = max(device, _program_bytes(abstract_losses(model_spec, outer, (eval_size, length), mesh)))

@@ -132,7 +132,7 @@ def quantize_parts(job: Job, recipe: Recipe, progress: RunProgress, *, rows: boo
                 advance()
             del part  # its arrays are not needed while the next is made
         progress.wait()
-    every = [result for name in part_names(config) for result in progress.told(name, "results")]
+    every = [result for name in part_names(config) for result in progress.recorded(name, "results")]
     return [LinearResult(**{**r, "shape": tuple(r["shape"]), "notes": tuple(r["notes"])}) for r in every]
 
 

@@ -27,10 +27,11 @@ def scheme_of(config: Mapping[str, Any]) -> CompressedScheme:
     found = group.get("format") or config.get("format")
     known = _schemes(group)
     if not isinstance(found, str) or found not in known:
+        weights, activations = (_described(group.get(part)) for part in ("weights", "input_activations"))
         raise FpqError(
-            f"config.json: compressed-tensors with {_told(group.get('weights'))} weights, "
-            f"{_told(group.get('input_activations'))} activations and format {found} is not supported; FP8 weights by "
-            "channel or tensor, MXFP4 weights and symmetric INT4 weights in groups are. Name the original checkpoint."
+            f"config.json: compressed-tensors with {weights} weights, {activations} activations and format {found} is "
+            "not supported; FP8 weights by channel or tensor, MXFP4 weights and symmetric INT4 weights in groups are. "
+            "Name the original checkpoint."
         )
     return known[found]
 
@@ -63,7 +64,7 @@ def _arguments(given: Any) -> dict[str, Any]:
     }
 
 
-def _told(given: Any) -> str:
+def _described(given: Any) -> str:
     if not isinstance(given, Mapping):
         return "unquantized"
     of = _arguments(given)

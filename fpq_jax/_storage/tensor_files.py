@@ -4,6 +4,7 @@ A tensor's values are read when asked for. torch's files are memory-mapped for a
 touched count as the process's memory until then.
 """
 
+import abc
 import json
 import pickle
 from pathlib import Path
@@ -21,7 +22,30 @@ _TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SHOWN = 20  # names listed in a message
 
 
-class SafetensorsFile:
+class TensorFile(abc.ABC):
+    """A file of tensors by name, each with its shape and dtype. FORMAT: what the file is called in messages."""
+
+    FORMAT: ClassVar[str]
+    metadata: dict[str, str]
+    path: Path
+    _facts: dict[str, tuple[tuple[int, ...], str]]
+
+    def names(self) -> list[str]:
+        return list(self._facts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._facts[name][0]
+
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it, "F32", "F16", "BF16", ...; of what safetensors has not, as torch does."""
+        return self._facts[name][1]
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's values."""
+
+
+class SafetensorsFile(TensorFile):
     """A safetensors file. Raises FpqError where it is damaged."""
 
     FORMAT = "safetensors"
@@ -32,7 +56,7 @@ class SafetensorsFile:
             with safe_open(path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 self._facts = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-                self.metadata: dict[str, str] = file.metadata() or {}
+                self.metadata = file.metadata() or {}
             # the library has checked it; where values are, it does not say
             with path.open("rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
@@ -40,16 +64,6 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise FpqError(f"{path} is truncated or no safetensors file ({error}); download it again.") from error
         self._places = {name: [8 + length + at for at in header[name]["data_offsets"]] for name in self._facts}
-
-    def names(self) -> list[str]:
-        return list(self._facts)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._facts[name][0]
-
-    def dtype(self, name: str) -> str:
-        """As safetensors calls it: "F32", "F16", "BF16", ..."""
-        return self._facts[name][1]
 
     def read(self, name: str) -> np.ndarray:
         begin, end = self._places[name]
@@ -62,17 +76,17 @@ class SafetensorsFile:
         return values.view(DTYPES[self.dtype(name)]).reshape(self.shape(name))
 
 
-class TorchFile:
+class TorchFile(TensorFile):
     """A dict of tensors that torch.save wrote, read by torch, which must be installed.
 
     Raises FpqError, also for a file that holds anything else: pickles can run code, so only tensors are unpickled.
     """
 
     FORMAT = "torch"
-    metadata: ClassVar[dict[str, str]] = {}
 
     def __init__(self, path: Path):
         self.path = path
+        self.metadata = {}
         self._facts = {name: (tuple(x.shape), _torch_dtype(x)) for name, x in self._open().items()}
 
     def _open(self) -> dict[str, Any]:
@@ -113,16 +127,6 @@ class TorchFile:
             raise FpqError(f"{path} holds what are no plain tensors: {listed(others)}; save a state_dict alone.")
         return tensors
 
-    def names(self) -> list[str]:
-        return list(self._facts)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._facts[name][0]
-
-    def dtype(self, name: str) -> str:
-        """As safetensors calls "F32", "F16" and "BF16", others as torch does."""
-        return self._facts[name][1]
-
     def read(self, name: str) -> np.ndarray:
         import torch
 
@@ -137,8 +141,7 @@ def _torch_dtype(tensor: Any) -> str:
     return _TORCH_DTYPES.get(dtype, dtype)
 
 
-TensorFile = SafetensorsFile | TorchFile
-_KINDS: tuple[tuple[str, type[TensorFile]], ...] = (
+_KINDS: tuple[tuple[str, type[SafetensorsFile] | type[TorchFile]], ...] = (
     ("model.safetensors", SafetensorsFile),
     (f"{STEM}.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchFile),
@@ -150,7 +153,7 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
     for single, kind in _KINDS:
         index = folder / f"{single}.index.json"
         if index.is_file():
-            files = [kind(path) for path in _shards(index, kind.FORMAT)]
+            files: list[TensorFile] = [kind(path) for path in _shards(index, kind.FORMAT)]
         elif (folder / single).is_file():
             files = [kind(folder / single)]
         else:

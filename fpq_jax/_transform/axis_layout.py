@@ -178,13 +178,13 @@ def matmul_form(x_shape: tuple[int, ...], layout: Layout, axes: Axes, product: P
         sizes(shared) + row_sizes + (math.prod(sizes(inputs)),),
     )
     free = joined(i for i in range(len(layout.axes)) if i not in product.contracted + product.batch)
-    place = {f: i for i, f in enumerate(stack)} | {f: len(stack) + len(rows) + i for i, f in enumerate(outputs)}
-    kernel, own = tuple(place[f] for f in free), tuple(range(len(stack), len(stack) + len(rows)))
+    ref = {f: i for i, f in enumerate(stack)} | {f: len(stack) + len(rows) + i for i, f in enumerate(outputs)}
+    kernel, own = tuple(ref[f] for f in free), tuple(range(len(stack), len(stack) + len(rows)))
     every = kind("stack")
     of_result = Rearrange(
         tuple(range(len(every) + len(rows) + 1)),
         sizes(stack) + row_sizes + sizes(outputs),
-        tuple(place[f] for f in batch) + (kernel + own if product.kernel_first else own + kernel),
+        tuple(ref[f] for f in batch) + (kernel + own if product.kernel_first else own + kernel),
         _result_shape(x_shape, layout, product),
     )
     return MatmulForm(of_x, of_result, sizes(every), tuple(f in batch for f in every))

@@ -73,12 +73,12 @@ class _RecordUses(UseHandler):
     ) -> Any:
         if kernel.quantized:
             return None
-        name = kernel.place.path
+        name = kernel.ref.path
         self._products.setdefault(name, []).append(_kinds(kernel.layout, product, self._shapes[name]))
         return bind(x, kernel.array())
 
     def other(self, kernel: TrackedParam, use: str) -> None:
-        self._others.setdefault(kernel.place.path, set()).add(use)
+        self._others.setdefault(kernel.ref.path, set()).add(use)
 
     def use_of(self, name: str, leaf: Any) -> ParamUse:
         """What was seen of a parameter."""

@@ -121,8 +121,8 @@ class _Interpreter:
 
     def record(self, records: dict[SharedInput, Any]) -> None:
         """Add what was recorded inside of something to what is known here."""
-        for places, value in records.items():
-            self.scope.record(places, value)
+        for refs, value in records.items():
+            self.scope.record(refs, value)
 
     # what a kernel is in from here on
 
@@ -143,16 +143,16 @@ class _Interpreter:
         return constrained(outputs, eqn.params.get("out_shardings"))
 
     def call_once_traced(self, jaxpr: Any, operands: list[Any]) -> list[Any]:
-        """What many layers call is traced once, with the places that the first of them had."""
-        own = [operand.place if isinstance(operand, TrackedParam) else None for operand in operands]
-        key = (id(jaxpr), tuple(place is None for place in own))
+        """What many layers call is traced once, with the refs that the first of them had."""
+        own = [operand.ref if isinstance(operand, TrackedParam) else None for operand in operands]
+        key = (id(jaxpr), tuple(ref is None for ref in own))
         if key not in self.called:
             function = lambda operands: self.inside(jaxpr, _renamed(operands, own)).outputs
             self.called[key] = own, jax.jit(function)
         first, function = self.called[key]
-        outputs = function(_renamed(operands, [place and ParamRef("") for place in own]))
+        outputs = function(_renamed(operands, [ref and ParamRef("") for ref in own]))
         back = dict(zip(first, own, strict=True))
-        return _renamed(outputs, [back[out.place] if isinstance(out, TrackedParam) else None for out in outputs])
+        return _renamed(outputs, [back[out.ref] if isinstance(out, TrackedParam) else None for out in outputs])
 
     def remat(self, eqn: Any, operands: list[Any]) -> list[Any]:
         jaxpr = eqn.params["jaxpr"]
@@ -189,8 +189,8 @@ class _Interpreter:
         def step(carry):
             outputs, records = self.arrays_inside(p["body_jaxpr"], [*in_body, *carry])
             if self.handler.records:
-                for places, value in asked(carry).records.items():
-                    self.merge.into(records, places, value)
+                for refs, value in asked(carry).records.items():
+                    self.merge.into(records, refs, value)
             return outputs, records
 
         empty = self._empty(lambda *carry: step(carry)[1], *start) if self.handler.records else {}
@@ -218,13 +218,13 @@ class _Interpreter:
             outputs, records = self.arrays_inside(eqn.params["jaxpr"], [*consts, *carry, *inner])
             each: dict[Any, Any] = {}
             every: dict[SharedInput, Any] = {}
-            for places, value in records.items():
+            for refs, value in records.items():
                 # a stack's own records have an axis for the steps, all others are merged
-                inside = [place for place in places if place.scans and place.scans[-1][0] == this]
-                for where in {place.scans[-1][1] for place in inside}:
-                    own = (place._replace(scans=place.scans[:-1]) for place in inside if place.scans[-1][1] == where)
+                inside = [ref for ref in refs if ref.scans and ref.scans[-1][0] == this]
+                for where in {ref.scans[-1][1] for ref in inside}:
+                    own = (ref._replace(scans=ref.scans[:-1]) for ref in inside if ref.scans[-1][1] == where)
                     self.merge.into(each, (tuple(own), where), value)
-                if others := tuple(place for place in places if place not in inside):
+                if others := tuple(ref for ref in refs if ref not in inside):
                     self.merge.into(every, others, value)
             return outputs, each, every
 
@@ -260,14 +260,14 @@ class _Interpreter:
         return self.merge.empty(jax.eval_shape(function, *arguments))
 
     def _merged(self, records: dict[SharedInput, Any], new: dict[SharedInput, Any]) -> dict[SharedInput, Any]:
-        return {places: self.merge(value, new[places]) for places, value in records.items()}
+        return {refs: self.merge(value, new[refs]) for refs, value in records.items()}
 
     def _filled(self, outcome: Outcome, empty: dict[SharedInput, Any]) -> Outcome:
         return outcome._replace(records=empty | outcome.records)
 
 
-def _renamed(values: Sequence[Any], places: Sequence[ParamRef | None]) -> list[Any]:
-    return [v if place is None else replace(v, place=place) for v, place in zip(values, places, strict=True)]
+def _renamed(values: Sequence[Any], refs: Sequence[ParamRef | None]) -> list[Any]:
+    return [v if ref is None else replace(v, ref=ref) for v, ref in zip(values, refs, strict=True)]
 
 
 def _step_of(x: Any, value: Any, scan: int) -> Any:
@@ -275,8 +275,8 @@ def _step_of(x: Any, value: Any, scan: int) -> Any:
     if not isinstance(x, TrackedParam):
         return value
     where = 0 if x.axes is None else x.stack.index(x.layout.axes[0][0])
-    place = x.place._replace(scans=(*x.place.scans, (scan, where)))
-    return replace(x, value=value, place=place, layout=x.layout.without(0))
+    ref = x.ref._replace(scans=(*x.ref.scans, (scan, where)))
+    return replace(x, value=value, ref=ref, layout=x.layout.without(0))
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:

@@ -78,7 +78,7 @@ def quantize_params(
         seed: of LoRC's randomized singular value decomposition.
 
     Returns:
-        The tree, with QTensors in the places of the kernels.
+        The tree, with QTensors in the refs of the kernels.
 
     Raises:
         FpqError: a rule fits nothing or a parameter that cannot be quantized, a weight is not finite, or a Hessian is

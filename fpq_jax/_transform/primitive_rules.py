@@ -120,8 +120,8 @@ def _part(
         value = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, at), value)
     axes = list(kernel.layout.axes)
     axes[axis] = (factor._replace(size=size),)
-    place = handler.part(kernel, factor, start, size)
-    return replace(kernel, place=place, layout=Layout(tuple(axes)), value=value if kernel.quantized else cut(value))
+    ref = handler.part(kernel, factor, start, size)
+    return replace(kernel, ref=ref, layout=Layout(tuple(axes)), value=value if kernel.quantized else cut(value))
 
 
 def _nth(eqn: Any, i: int, operand: Any) -> Any:

@@ -22,7 +22,7 @@ from fpq_jax._transform.tracked import ParamRef, TraceScope, TrackedParam, UseHa
 
 
 def quantized(apply_fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
-    """Transforms a function so that it takes QTensors in the places of arrays (see ``quantize_params``).
+    """Transforms a function so that it takes QTensors in the refs of arrays (see ``quantize_params``).
 
     The function is traced as if they were arrays, and each product of an activation with a kernel becomes ``linear``:
     activations are quantized, and weights that have an FP8 form are multiplied in FP8. Kernels are tracked through
@@ -148,7 +148,7 @@ class MultiplyQuantized(UseHandler):
 
     def __init__(self, strict: bool, told: set[tuple[str, str]]):
         self._strict = strict
-        self._told = told
+        self._described = told
 
     def product(
         self, kernel: TrackedParam, x: Any, product: Product, scope: TraceScope, bind: Callable[..., Any], dtype: Any
@@ -160,12 +160,12 @@ class MultiplyQuantized(UseHandler):
     def other(self, kernel: TrackedParam, use: str) -> None:
         if not kernel.quantized:
             return
-        path = kernel.place.path
+        path = kernel.ref.path
         what = f"{path} is used in a way that has no quantized form ({use})"
         if self._strict:
             raise FpqError(f"{what}; leave it as it is with a rule of the recipe, or call without strict.")
-        if (path, use) not in self._told:
-            self._told.add((path, use))
+        if (path, use) not in self._described:
+            self._described.add((path, use))
             warnings.warn(f"{what}; it is dequantized there.", stacklevel=2)
 
 

@@ -345,7 +345,7 @@ class _Quantize(MultiplyQuantized):
         form = matmul_form(x.shape, kernel.layout, kernel.axes, product)
         if form is None:
             return None
-        path = kernel.place.path
+        path = kernel.ref.path
         if path not in self._kernels:
             return bind(x, kernel.value)
         activation = self._kernels[path].activation
@@ -356,18 +356,18 @@ class _Quantize(MultiplyQuantized):
             quantize = lambda x: x if activation is None else fake_quantize_tokens(x, activation, scale)
             kept["seen"] = quantize(arrangement)
             kept["site"] = scope.site(self._measure(path, kept["seen"], form))
-        kept["site"].places.append(kernel.place)
+        kept["site"].refs.append(kernel.ref)
         return bind(x if activation is None else form.of_x.undone(kept["seen"], x.shape), kernel.value)
 
     def part(self, kernel: TrackedParam, axis: Factor, start: Any, size: int) -> ParamRef:
         if kernel.quantized:
-            return kernel.place
+            return kernel.ref
         if isinstance(start, jax.core.Tracer):
             raise FpqError(
-                f"{kernel.place.path} is indexed by a number that is computed, and its Hessians cannot be told apart "
+                f"{kernel.ref.path} is indexed by a number that is computed, and its Hessians cannot be told apart "
                 "then; scan over it instead."
             )
-        return kernel.place.cut(axis.axis, int(start), size)
+        return kernel.ref.cut(axis.axis, int(start), size)
 
 
 def _stats(name: str, x: Array, form: MatmulForm, *, mask: Any) -> InputStats:

@@ -42,7 +42,7 @@ class TrackedParam:
     """
 
     value: Any
-    place: ParamRef = field(metadata={"static": True})
+    ref: ParamRef = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     axes: Axes | None = field(default=None, metadata={"static": True})
@@ -97,8 +97,8 @@ class UseHandler:
         """It is used as an array."""
 
     def part(self, kernel: TrackedParam, axis: Factor, start: Any, size: int) -> ParamRef:
-        """The place of what is cut out of its stack."""
-        return kernel.place
+        """The ref of what is cut out of its stack."""
+        return kernel.ref
 
 
 class Merge(NamedTuple):
@@ -130,7 +130,7 @@ MAXIMUM = Merge(jnp.maximum, -jnp.inf, jnp.max)
 class Site(NamedTuple):
     """What is recorded of an input, and the kernels that see it."""
 
-    places: list[ParamRef]
+    refs: list[ParamRef]
     value: Any
 
 
@@ -162,13 +162,13 @@ class TraceScope:
         self._sites.append(Site([], value))
         return self._sites[-1]
 
-    def record(self, places: SharedInput, value: Any) -> None:
+    def record(self, refs: SharedInput, value: Any) -> None:
         """A record of kernels; it merges with others of the same."""
-        self._merge.into(self._records, places, value)
+        self._merge.into(self._records, refs, value)
 
     def records(self) -> dict[SharedInput, Any]:
         """All of them."""
         while self._sites:
-            places, value = self._sites.pop()
-            self.record(tuple(places), value)
+            refs, value = self._sites.pop()
+            self.record(tuple(refs), value)
         return self._records
