@@ -245,15 +245,12 @@ def quantize_kernel(
     return found._replace(q=replace(found.q, shape=w.shape))
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def _part(q: QTensor, start: int, stop: int, mesh: Mesh) -> QTensor:
     """Some outputs of a QTensor, divided over the mesh like the whole."""
     sharding = NamedSharding(mesh, P(AXES) if _divides(stop - start, mesh, q.spec) else P())
-    return replace(jax.tree.map(lambda leaf: _rows(leaf, start, stop, sharding), q), shape=(q.shape[0], stop - start))
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _rows(leaf: Array, start: int, stop: int, sharding: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(leaf[start:stop], sharding)
+    rows = lambda leaf: jax.lax.with_sharding_constraint(leaf[start:stop], sharding)
+    return replace(jax.tree.map(rows, q), shape=(q.shape[0], stop - start))
 
 
 def _with_lorc(

@@ -1,8 +1,10 @@
 """Kernels of one input side by side as one kernel."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -26,6 +28,11 @@ def concatenate(kernels: Sequence[Any], shards: int = 1) -> Any:
 
     More ``shards``: one after the other, each with its equal part of every kernel's outputs in order.
     """
+    return _concatenated(tuple(kernels), shards)
+
+
+@partial(jax.jit, static_argnums=1, inline=True)
+def _concatenated(kernels: tuple[Any, ...], shards: int) -> Any:
     if not isinstance(kernels[0], QTensor):
         return joined(kernels, 1, shards)
     rows: dict[str, Any] = {}

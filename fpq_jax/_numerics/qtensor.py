@@ -327,7 +327,13 @@ def expand(q: QTensor) -> QTensor:
         raise FpqError(f"A weight in {fmt} has no exact FP8 form; e2m1, e3m0 and int4 have one.")
     if not q.has_fp8_form:
         raise FpqError("A weight with free group scales has no exact FP8 form; quantize it with constraint m1 or m2.")
-    codes = unpack(q.codes, q.shape[0])
+    check_exponents(q)
+    return _expanded(q)
+
+
+@partial(jax.jit, inline=True)
+def _expanded(q: QTensor) -> QTensor:
+    fmt, codes = q.spec.format, unpack(q.codes, q.shape[0])
     spec = replace(
         q.spec,
         format=E4M3,
@@ -337,7 +343,6 @@ def expand(q: QTensor) -> QTensor:
     )
     if q.exponents is None:
         return replace(q, codes=decode(codes, fmt, jnp.float8_e4m3fn), spec=spec)
-    check_exponents(q)
     low, high = fmt.exact_shifts
     # one byte table per shift: adding to the exponent field would be wrong for 0 and subnormals
     shifted = np.asarray(fmt.table, np.float64) * 2.0 ** np.arange(low, high + 1)[:, None]

@@ -122,20 +122,19 @@ def estimate(
     ]
     size = batch_size(count, length, mesh, batch_tokens)
     hardest = max(by_layer, key=len)
-    device, hessians = 0, 0
+    programs: list[tuple[Any, int]] = []  # lowered ones, and the bytes of what else is on a device meanwhile
     if hardest:
-        program, sharing, hessians = abstract_calibrate(model_spec, hardest, mesh, (size, length))
-        # the next batch is on its way meanwhile
-        device = _program_bytes(program) + size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
+        program, sharing, statistics = abstract_calibrate(model_spec, hardest, mesh, (size, length))
+        next_batch = size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
+        programs.append((program, next_batch))
         for paths in _largest(side_by_side(hardest, sharing, layer), layer):
             shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
-            # the layer's weights and the other statistics are there meanwhile
-            beside = stored_bytes(layer) + hessians - shape[0] ** 2 * 4
-            device = max(device, beside + _program_bytes(program))
+            programs.append((program, stored_bytes(layer) + statistics - shape[0] ** 2 * 4))
     outer = params_of(model_spec.without_layers())
     eval_size = batch_size(evaluated, length, mesh, batch_tokens)
-    device = max(device, _program_bytes(abstract_losses(model_spec, outer, (eval_size, length), mesh)))
+    programs.append((abstract_losses(model_spec, outer, (eval_size, length), mesh), 0))
+    device = max(_program_bytes(program) + beside for program, beside in programs)
 
     per_window = length * config.hidden_size * model_spec.dtype.itemsize
     layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)
