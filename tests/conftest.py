@@ -29,7 +29,7 @@ _CHECKED = {
     "_matmul": ("linear", "products", "fp4_kernel"),
     "_algorithms": ("gptq", "lorc", "quantize_linears", "output_error", "statistics"),
     "_generation": ("generator",),
-    "_transform": ("interpreter", "quantized", "find_kernels", "recorder", "hessians", "params"),
+    "_transform": ("interpreter", "quantized", "find_kernels", "recorder", "accumulate", "hessians", "params"),
     "_pipeline": ("batches", "layerwise", "calibration", "quantize_layers", "text", "perplexity"),
 }
 install_import_hook(

@@ -9,7 +9,6 @@ import pytest
 from conftest import mostly_full
 
 from fpq_jax import QuantSpec, dequantize, gptq, gptq_with_stats, hessian, quantize_array
-from fpq_jax._algorithms.output_error import output_error
 
 
 def problem(inputs, outputs, seed=0, dead=()):
@@ -152,28 +151,6 @@ def test_compiled_size_does_not_grow_with_the_matrix():
         return gptq_with_stats.lower(*shapes, QuantSpec()).as_text().count("\n")
 
     assert lines(4096) <= lines(1024) + 5
-
-
-def test_hessian_accumulates_in_float32_and_leaves_padding_out():
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((3, 50, 20)) * 100, jnp.bfloat16)
-    mask = rng.integers(0, 2, (3, 50))
-    h = hessian(x, jnp.asarray(mask, jnp.float32))
-    assert h.dtype == jnp.float32
-    rows = np.asarray(x, np.float64).reshape(-1, 20)[mask.ravel() == 1]
-    np.testing.assert_allclose(h, rows.T @ rows, rtol=1e-5, atol=1e-2)
-    # a masked position may hold anything
-    poisoned = jnp.where(mask[..., None] == 1, x, jnp.nan)
-    np.testing.assert_array_equal(hessian(poisoned, jnp.asarray(mask, jnp.float32)), h)
-
-
-def test_output_error_is_its_definition():
-    w, h = problem(60, 7)
-    d = w + np.random.default_rng(1).standard_normal(w.shape).astype(np.float32) * 0.1
-    assert float(output_error(jnp.asarray(w), jnp.asarray(d), jnp.asarray(h))) == pytest.approx(
-        relative_error(w, d.astype(np.float64), h), rel=1e-4
-    )
-    assert float(output_error(jnp.asarray(w), jnp.asarray(d), jnp.zeros_like(h))) == 0
 
 
 def test_compute_groups_over_rows_hold_inside_gptq():

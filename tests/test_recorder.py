@@ -8,7 +8,8 @@ import pytest
 import fpq_jax as fpq
 from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._numerics.qtensor import Axes
-from fpq_jax._transform.recorder import RecordedKernel, Recorder, record_stats
+from fpq_jax._transform.accumulate import record_stats
+from fpq_jax._transform.recorder import RecordedKernel, Recorder
 
 SPEC = fpq.QuantSpec(constraint="m2", group_size=16)
 WIDTH = 24
@@ -100,7 +101,7 @@ def test_inputs_of_loops_and_stacks_cannot_be_compared():
 
 def test_equal_layers_are_compiled_once():
     """As those of a model, and those of other recipes with the same activations."""
-    from fpq_jax._transform.recorder import accumulate
+    from fpq_jax._transform.accumulate import accumulate
 
     recorded(PARAMS, ["q"])
     compiled = accumulate._cache_size()

@@ -21,7 +21,8 @@ from fpq_jax._numerics.qtensor import Axes
 from fpq_jax._pipeline.batches import Batches
 from fpq_jax._support.placement import BATCH, abstract, prefetch_to_devices, to_devices
 from fpq_jax._support.trees import Flat
-from fpq_jax._transform.recorder import RecordedKernel, Recorder, abstract_accumulate, record_stats
+from fpq_jax._transform.accumulate import abstract_accumulate, record_stats
+from fpq_jax._transform.recorder import RecordedKernel, Recorder
 from fpq_jax.models.parameters import params_of, with_params
 from fpq_jax.models.spec import ModelSpec
 

@@ -19,8 +19,9 @@ from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._support.trees import is_array, named_leaves
+from fpq_jax._transform.accumulate import record_stats
 from fpq_jax._transform.find_kernels import find_kernels
-from fpq_jax._transform.recorder import Mask, RecordedKernel, Recorder, record_stats
+from fpq_jax._transform.recorder import Mask, RecordedKernel, Recorder
 from fpq_jax._transform.selection import ParamUse, select
 
 

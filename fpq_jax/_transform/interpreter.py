@@ -20,14 +20,14 @@ import jax.numpy as jnp
 
 from fpq_jax._transform.axis_layout import Product
 from fpq_jax._transform.primitive_rules import PRIMITIVE_RULES, bind
-from fpq_jax._transform.tracked import ADD, Merge, ParamRef, SharedInput, TraceScope, TrackedParam, UseHandler
+from fpq_jax._transform.tracked import ADD, Merge, ParamRef, SharedRefs, TraceScope, TrackedParam, UseHandler
 
 
 class Outcome(NamedTuple):
     """A function's results, and what the handler recorded."""
 
     outputs: list[Any]
-    records: dict[SharedInput, Any]
+    records: dict[SharedRefs, Any]
 
 
 def interpret(jaxpr: Any, arguments: Sequence[Any], handler: UseHandler, merge: Merge = ADD) -> Outcome:
@@ -119,7 +119,7 @@ class _Interpreter:
         with _precision(eqn.params["precision"]):
             return self.handler.product(kernel, x, product, self.scope, multiply, eqn.outvars[0].aval.dtype)
 
-    def record(self, records: dict[SharedInput, Any]) -> None:
+    def record(self, records: dict[SharedRefs, Any]) -> None:
         """Add what was recorded inside of something to what is known here."""
         for refs, value in records.items():
             self.scope.record(refs, value)
@@ -169,7 +169,7 @@ class _Interpreter:
         forwarded = [_forwarded(jaxpr).items() for jaxpr in jaxprs]
         same = dict(set.intersection(*map(set, forwarded)))
         branch = lambda jaxpr, empty, *arguments: self._filled(self.arrays_inside(jaxpr, arguments, same), empty)
-        empty: dict[SharedInput, Any] = {}
+        empty: dict[SharedRefs, Any] = {}
         if self.handler.records:
             for jaxpr in jaxprs:
                 empty |= self._empty(lambda *a, jaxpr=jaxpr: self.arrays_inside(jaxpr, a, same).records, *arguments)
@@ -217,7 +217,7 @@ class _Interpreter:
             inner = [_step_of(x, value, this) for x, value in zip(scanned, values, strict=True)]
             outputs, records = self.arrays_inside(eqn.params["jaxpr"], [*consts, *carry, *inner])
             each: dict[Any, Any] = {}
-            every: dict[SharedInput, Any] = {}
+            every: dict[SharedRefs, Any] = {}
             for refs, value in records.items():
                 # a stack's own records have an axis for the steps, all others are merged
                 inside = [ref for ref in refs if ref.scans and ref.scans[-1][0] == this]
@@ -255,14 +255,14 @@ class _Interpreter:
             return value
         return replace(value, value=jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), value.value))
 
-    def _empty(self, function: Callable[..., dict[SharedInput, Any]], *arguments: Any) -> dict[SharedInput, Any]:
+    def _empty(self, function: Callable[..., dict[SharedRefs, Any]], *arguments: Any) -> dict[SharedRefs, Any]:
         """What merges with the function's records to what they are."""
         return self.merge.empty(jax.eval_shape(function, *arguments))
 
-    def _merged(self, records: dict[SharedInput, Any], new: dict[SharedInput, Any]) -> dict[SharedInput, Any]:
+    def _merged(self, records: dict[SharedRefs, Any], new: dict[SharedRefs, Any]) -> dict[SharedRefs, Any]:
         return {refs: self.merge(value, new[refs]) for refs, value in records.items()}
 
-    def _filled(self, outcome: Outcome, empty: dict[SharedInput, Any]) -> Outcome:
+    def _filled(self, outcome: Outcome, empty: dict[SharedRefs, Any]) -> Outcome:
         return outcome._replace(records=empty | outcome.records)
 
 

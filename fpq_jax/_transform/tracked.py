@@ -30,7 +30,7 @@ class ParamRef(NamedTuple):
         return self._replace(parts=tuple(sorted([*others, (axis, first, first + size)])))
 
 
-SharedInput = tuple[ParamRef, ...]
+SharedRefs = tuple[ParamRef, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +141,7 @@ class TraceScope:
         self._merge = merge
         self._results: dict[Any, Any] = {}
         self._inputs: dict[Any, tuple[Any, dict[Any, Any]]] = {}
-        self._records: dict[SharedInput, Any] = {}
+        self._records: dict[SharedRefs, Any] = {}
         self._sites: list[Site] = []
         self._alive: list[Any] = []  # so that no id is used twice
 
@@ -162,11 +162,11 @@ class TraceScope:
         self._sites.append(Site([], value))
         return self._sites[-1]
 
-    def record(self, refs: SharedInput, value: Any) -> None:
+    def record(self, refs: SharedRefs, value: Any) -> None:
         """A record of kernels; it merges with others of the same."""
         self._merge.into(self._records, refs, value)
 
-    def records(self) -> dict[SharedInput, Any]:
+    def records(self) -> dict[SharedRefs, Any]:
         """All of them."""
         while self._sites:
             refs, value = self._sites.pop()
