@@ -10,8 +10,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# tests' programs run once or twice each: optimizing them takes longer than running them
-_FLAGS = "--xla_backend_optimization_level=0"
+# tests' programs run once or twice each: optimizing them takes longer than running them. (At level 0 products and sums
+# are not contracted, as they are otherwise, and some tests compare bits.)
+_FLAGS = "--xla_backend_optimization_level=1"
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault(
