@@ -92,11 +92,11 @@ def quantize_checkpoint(
         began = time.perf_counter()
         return checkpoint.read_dense_part(name, dtype), time.perf_counter() - began
 
-    todo = [name for name in part_names(config) if name not in finished]
-    reading = prefetch(read, [name for name in todo if name != EMBEDDING])
+    missing = [name for name in part_names(config) if name not in finished]
+    reading = prefetch(read, [name for name in missing if name != EMBEDDING])
     params = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
     hidden = embed(model_spec, params, batches)
-    if EMBEDDING in todo:
+    if EMBEDDING in missing:
         yield Part(EMBEDDING, params)
     del params
     for i in range(config.num_hidden_layers):
@@ -133,7 +133,7 @@ def quantize_checkpoint(
         yield Part(name, part, results, seconds)
         del part
     del hidden
-    if HEAD in todo:
+    if HEAD in missing:
         yield Part(HEAD, replicate(next(reading)[0], mesh))
 
 
