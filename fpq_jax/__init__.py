@@ -41,16 +41,11 @@ from fpq_jax._numerics.spec import QuantSpec
 from fpq_jax._pipeline.perplexity import Perplexity, perplexity
 from fpq_jax._pipeline.text import text_windows
 from fpq_jax._support.mesh import make_mesh
+from fpq_jax._transform.blocks import quantize_blocks
+from fpq_jax._transform.conversion import dequantize_params, expand_params
 from fpq_jax._transform.find_kernels import find_kernels
 from fpq_jax._transform.hessians import Hessians, collect_hessians
-from fpq_jax._transform.params import (
-    TreeReport,
-    dequantize_params,
-    expand_params,
-    quantize_blocks,
-    quantize_params,
-    quantize_params_with_report,
-)
+from fpq_jax._transform.params import TreeReport, quantize_params, quantize_params_with_report
 from fpq_jax._transform.quantized import quantized
 from fpq_jax._transform.selection import ParamUse
 from fpq_jax._transform.training import combine, partition, straight_through

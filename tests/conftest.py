@@ -30,7 +30,17 @@ _CHECKED = {
     "_matmul": ("linear", "products", "fp4_kernel"),
     "_algorithms": ("gptq", "lorc", "quantize_linears", "output_error", "statistics"),
     "_generation": ("generator",),
-    "_transform": ("interpreter", "quantized", "find_kernels", "recorder", "accumulate", "hessians", "params"),
+    "_transform": (
+        "interpreter",
+        "quantized",
+        "find_kernels",
+        "recorder",
+        "accumulate",
+        "hessians",
+        "params",
+        "blocks",
+        "conversion",
+    ),
     "_pipeline": ("batches", "layerwise", "calibration", "quantize_layers", "text", "perplexity"),
 }
 install_import_hook(

@@ -1,7 +1,7 @@
 """Quantize the parameters of any tree: GPTQ where there are Hessians, rounding where there are none."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,16 +16,14 @@ from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats, InputStats
 from fpq_jax._errors import FpqError
-from fpq_jax._matmul.fp4_kernel.fragments import of_fragments
-from fpq_jax._matmul.weight_layouts import WeightLayout, check_any_for_fragments, check_layout, is_quantized, to_layout
+from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._numerics.qtensor_sharding import shard_like
 from fpq_jax._support.mesh import make_mesh
 from fpq_jax._support.placement import replicate
-from fpq_jax._support.trees import ByIdentity, Flat, jit, named_leaves
-from fpq_jax._transform.axis_layout import Layout, laid_out, to_kernel
-from fpq_jax._transform.hessians import Hessians, Mask, check_seen, collect_named
-from fpq_jax._transform.quantized import axes_of, quantized
+from fpq_jax._support.trees import Flat, named_leaves
+from fpq_jax._transform.axis_layout import to_kernel
+from fpq_jax._transform.hessians import Hessians, check_seen
 from fpq_jax._transform.selection import Chosen, ParamUse, Selection, select
 
 _AUTO_RANK = 8  # of LoRC, where a recipe leaves it to the size of one of the paper's models
@@ -160,131 +158,6 @@ def quantize_named(
     tree = jax.tree.unflatten(structure, [tensors.get(path, leaf) for path, leaf in named])
     results = [replace(result, name=prefix + result.name) for _, results in done.values() for result in results]
     return tree, TreeReport(tuple(results), {prefix + path: why for path, why in selection.left.items()})
-
-
-def quantize_blocks(
-    blocks: Sequence[tuple[Callable[..., Any], Any]],
-    batches: Iterable[Any],
-    recipe: Recipe,
-    *,
-    mask: Mask | None = None,
-    seed: int = 0,
-) -> Iterator[tuple[Any, TreeReport]]:
-    """Quantizes a model block after block, each calibrated on the outputs of the quantized blocks before it.
-
-    Between blocks the hidden states are on the host. Blocks of one function and of parameters alike are compiled once.
-
-    Args:
-        blocks: (function, params) of each block, called as ``function(params, *batch)``. The result is the first
-            argument of the next block, which takes the other arguments as they are.
-        batches: tuples of the first block's arguments after ``params``, or single ones.
-        recipe: which kernels are quantized, and how. Paths begin with a block's number, ``"3.attention.kernel"``.
-        mask: which positions count, see ``collect_hessians``.
-        seed: of LoRC's randomized singular value decomposition.
-
-    Yields:
-        The params of each block, for ``quantized(function)``, and the report of what became of them, as soon as the
-        block is done.
-
-    Raises:
-        FpqError: as in ``collect_hessians`` and ``quantize_params``, or the recipe leaves every parameter as it is.
-
-    Example:
-        >>> block = lambda params, x: x + jnp.tanh(x @ params["kernel"])
-        >>> blocks = [(block, {"kernel": jax.random.normal(jax.random.key(i), (16, 16)) / 4}) for i in range(2)]
-        >>> batches = list(jax.random.normal(jax.random.key(2), (3, 32, 16)))
-        >>> for params, report in fpq.quantize_blocks(blocks, batches, fpq.Recipe.load("w4a8-fp-m2")):
-        ...     print(report.results[0].name, params["kernel"].shape)
-        0.kernel (16, 16)
-        1.kernel (16, 16)
-    """
-    names = [
-        [f"{i}.{path}" for path, _ in named_leaves(params, is_quantized)[0]] for i, (_, params) in enumerate(blocks)
-    ]
-    for rule in recipe.rules:
-        recipe.fitting(rule, [path for block in names for path in block], "parameter")
-    inputs = [batch if type(batch) is tuple else (batch,) for batch in batches]
-    quantized_any = any(map(is_quantized, jax.tree.leaves([p for _, p in blocks], is_leaf=is_quantized)))
-    following = {ByIdentity(function): jit(quantized(function)) for function, _ in blocks}
-    for i, (function, params) in enumerate(blocks):
-        own, prefix = recipe.about(names[i]), f"{i}."
-        found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix, lenient=True)
-        done, report = quantize_named(params, own, found, found.uses, seed, prefix, lenient=True)
-        if i + 1 < len(blocks):
-            inputs = [(jax.device_get(following[ByIdentity(function)](done, *args)), *args[1:]) for args in inputs]
-        quantized_any |= bool(report.results)
-        yield done, report
-    if not quantized_any:
-        raise FpqError(f"Recipe {recipe.name} leaves every parameter of every block as it is.")
-
-
-def dequantize_params(params: Any) -> Any:
-    """Dequantizes a tree: QTensors become arrays of the shapes and dtypes that the parameters had.
-
-    Args:
-        params: a tree of arrays and QTensors.
-
-    Returns:
-        The tree of arrays.
-
-    Example:
-        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32), jnp.bfloat16)}
-        >>> small = fpq.quantize_params(params, fpq.Recipe.load("w4a8-fp-m2"))
-        >>> fpq.dequantize_params(small)["kernel"].dtype
-        dtype(bfloat16)
-    """
-
-    def one(leaf: Any) -> Any:
-        if not is_quantized(leaf):
-            return leaf
-        axes = axes_of(leaf)
-        return laid_out(dequantize(of_fragments(leaf), axes.dtype), Layout.of(axes.shape(leaf.stack)), axes)
-
-    return jax.tree.map(one, params, is_leaf=is_quantized)
-
-
-def expand_params(params: Any, weights: WeightLayout = "fp8") -> Any:
-    """Changes the layout of a tree's QTensors to the one in which they are multiplied.
-
-    All layouts give the same weights. FP8 codes are padded with zeros to multiples of 16, which FP8 products need.
-
-    Args:
-        params: a tree of arrays and QTensors.
-        weights: ``"fp8"`` expands 4-bit codes that have an FP8 form to FP8 once, exactly, a byte for each weight;
-            ``"packed"`` leaves them packed; ``"fragments"`` lays them out for this library's own GPU kernel, which has
-            not been measured on a GPU yet.
-
-    Returns:
-        The tree with its QTensors in that layout.
-
-    Raises:
-        FpqError: ``weights`` is none of these, or is ``"fragments"`` and the GPU kernel multiplies no weight of the
-            tree.
-
-    Example:
-        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}
-        >>> small = fpq.quantize_params(params, fpq.Recipe.load("w4a8-fp-m2"))
-        >>> small["kernel"].codes.shape, fpq.expand_params(small)["kernel"].codes.shape  # [out, in]
-        ((32, 8), (32, 16))
-    """
-    known = [leaf.sharding for leaf in jax.tree.leaves(params) if _has_device(leaf)]
-    devices = max((len(sharding.device_set) for sharding in known), default=1)
-    check_layout(weights, devices if devices > 1 else None)
-
-    def one(leaf: Any) -> Any:
-        if not is_quantized(leaf):
-            return leaf
-        make = partial(to_layout, layout=weights)
-        for _ in leaf.stack:
-            make = jax.vmap(make)
-        return make(leaf)
-
-    check_any_for_fragments(jax.tree.leaves(params, is_leaf=is_quantized), weights)
-    return jax.tree.map(one, params, is_leaf=is_quantized)
-
-
-def _has_device(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def _with_hessians(selection: Selection, hessians: Mapping[str, Any]) -> Selection:
