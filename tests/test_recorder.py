@@ -88,6 +88,17 @@ def test_a_reference_is_compared_with_in_full_precision_on_a_stream_of_its_own(s
     assert np.abs(found.of("out").cross).max() > 1
 
 
+def test_each_kernel_of_a_stack_has_its_count():
+    stack = {"w": draw(1, 3, WIDTH, WIDTH)}
+    axes = Axes.of(("stack", "in", "out"), (3, WIDTH, WIDTH), jnp.float32)
+    scan = lambda p, x, real: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+    taken = lambda p, x, real: jnp.stack([x @ p["w"][0], x @ p["w"][2]])
+    for function, counts in ((scan, [20, 20, 20]), (taken, [20, 0, 20])):
+        made = Recorder.of(function, stack, {"w": RecordedKernel.of(axes, SPEC)}, mask)
+        found = record_stats(*made, BATCHES).of("w")
+        assert found.hessian.shape == (3, WIDTH, WIDTH) and found.count.tolist() == counts
+
+
 def test_inputs_of_loops_and_stacks_cannot_be_compared():
     stack = {"w": draw(1, 3, WIDTH, WIDTH)}
     axes = Axes.of(("stack", "in", "out"), (3, WIDTH, WIDTH), jnp.float32)

@@ -4,32 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_concatenate import SPECS, several, weight
 
-from fpq_jax import FpqError, QuantSpec, dequantize, linear, lorc, quantize_array
+from fpq_jax import FpqError, dequantize, linear, quantize_array
 from fpq_jax._matmul.linear import linears
 from fpq_jax._matmul.weight_layouts import check_layout, to_layout
-
-SPECS = [
-    QuantSpec(group_size=32, constraint="m2"),
-    QuantSpec(group_size=32, constraint="m1", activation=None),
-    QuantSpec(group_size=32),
-    QuantSpec(format="e4m3", group_size="channel"),
-    QuantSpec(format="int4-asym", group_size=32, activation="int8-asym"),
-    QuantSpec(format="int8", group_size="channel", activation="int8"),
-]
-
-
-def weight(outputs, seed=0, inputs=100):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((inputs, outputs)), jnp.float32)
-
-
-def several(spec, ranks=(4, 0, 2), dtype="bfloat16"):
-    kernels = []
-    for seed, (outputs, rank) in enumerate(zip((24, 7, 40), ranks, strict=True)):
-        w = weight(outputs, seed)
-        q = quantize_array(w, spec)
-        kernels.append(lorc(w, q, rank=rank, dtype=dtype) if rank else q)
-    return kernels
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["m2", "m1", "free", "w8", "int4", "int8"])

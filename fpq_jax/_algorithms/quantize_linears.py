@@ -125,6 +125,11 @@ def _may_join(path: str, other: str, weights: Flat, recipes: dict[str, LinearRec
     )
 
 
+def _mean(hessian: Float[Array, "in in"], count: Int[Array, ""]) -> Float[Array, "in in"]:
+    """Of x x^T over the tokens; zero where there were none."""
+    return hessian / jnp.maximum(count, 1)
+
+
 class _ByOutput(NamedTuple):
     """Of each output: mean squares of what rounding loses, of what the QTensor loses, and of the output itself; and
     whether all its weights are zero."""
@@ -226,7 +231,7 @@ def quantize_kernel(
     """Quantize ``w``, its outputs divided over the mesh; Hessian and count are on every device."""
 
     def local(w: Array, h: Array, n: Array, gather: Callable[[Array], Array] = lambda values: values) -> _Quantized:
-        mean = h / n
+        mean = _mean(h, n)
         rounded = quantize_array(w, spec)
         if method == "gptq":
             q, stats = gptq_with_stats(w, mean, spec, damping=damping)
@@ -294,7 +299,7 @@ def _errors(
     w: Array, q: QTensor, hessian: Array, count: Array, by_outputs: NamedSharding, everywhere: NamedSharding
 ) -> Float[Array, " out"]:
     w = jax.lax.with_sharding_constraint(w, by_outputs)
-    return jax.lax.with_sharding_constraint(column_errors(w, dequantize(q), hessian / count), everywhere)
+    return jax.lax.with_sharding_constraint(column_errors(w, dequantize(q), _mean(hessian, count)), everywhere)
 
 
 def _with_static_scale(q: QTensor, scale: Scale) -> QTensor:
