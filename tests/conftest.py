@@ -28,7 +28,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 _CHECKED = {
     "_numerics": ("formats", "scales", "qtensor", "activations"),
     "_matmul": ("linear", "products", "fp4_kernel"),
-    "_algorithms": ("gptq", "lorc", "quantize_linears", "output_error", "statistics"),
+    "_algorithms": (
+        "gptq",
+        "metric",
+        "lorc",
+        "joint",
+        "scale_search",
+        "coordinate_descent",
+        "error_propagation",
+        "quantize_linears",
+        "output_error",
+        "statistics",
+    ),
     "_generation": ("generator",),
     "_transform": (
         "interpreter",

@@ -3,14 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, random_tensors, write_checkpoint
+from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
 
 import fpq_jax as fpq
 from fpq_jax._algorithms.recipe import LinearRecipe
 from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._pipeline.batches import Batches
-from fpq_jax._pipeline.calibration import Stream, calibrate, recorded_kernels
+from fpq_jax._pipeline.calibration import Stream, calibrate, recorded_kernels, stages
 from fpq_jax.models.llama import Llama, LlamaConfig
+from fpq_jax.models.opt import Opt, OptConfig
 from fpq_jax.models.parameters import params_of, with_params
 from fpq_jax.models.spec import ModelSpec
 
@@ -75,3 +76,17 @@ def test_nothing_to_record_is_nothing(layer):
     model_spec, params = layer
     batches = Batches.of(np.zeros((4, 10), np.int32), fpq.make_mesh(), 4)
     assert calibrate(model_spec, Stream(params, [stream(0)[0]]), (), batches) == ({}, {})
+
+
+def test_stages_are_the_inputs_in_the_order_of_the_layer():
+    """Whatever the order in which the kernels are given."""
+    llama = ModelSpec(Llama, LlamaConfig.from_hf(TINY_CONFIG), np.dtype(np.float32))
+    opt = ModelSpec(Opt, OptConfig.from_hf(OPT_CONFIG), np.dtype(np.float32))
+    for spec, attention, mlp in (
+        (llama, "self_attn.o_proj", [{"mlp.gate_proj", "mlp.up_proj"}, {"mlp.down_proj"}]),
+        (opt, "self_attn.out_proj", [{"fc1"}, {"fc2"}]),
+    ):
+        expected = [{f"self_attn.{name}_proj" for name in "qkv"}, {attention}, *mlp]
+        names = sorted((name for stage in expected for name in stage), reverse=True)
+        found = stages(spec, {f"{name}.kernel": LinearRecipe(spec=SPEC) for name in names})
+        assert [{path.removesuffix(".kernel") for path in stage} for stage in found] == expected

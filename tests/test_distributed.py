@@ -27,9 +27,12 @@ for name, arguments in json.loads(sys.argv[1]):
     sys.argv = [name, *arguments]
     run_command(command.main, command.Options, name)
 """
-# every kind of thing that several devices do: LoRC, static scales, a scale for a whole tensor, a Linear left as it is
+# every kind of thing that several devices do: LoRC, codes and correction in turn, stage by stage beside the unquantized
+# model, static scales, a scale for a whole tensor, a Linear left as it is
 RECIPE = """
-{weight: {constraint: m2, group_size: 16}, lorc: {rank: 4}, rules: [
+{weight: {constraint: m2, group_size: 16}, lorc: {rank: 4}, sequential: true, rules: [
+  {match: "*.up_proj", order: activation, scale_search: true, sweeps: 1, error_propagation: 0.5,
+   lorc: {rank: 4, weighted: true, rounds: 1}},
   {match: "*.down_proj", activation_scale: static},
   {match: "model.layers.1.self_attn.k_proj", quantize: false},
   {match: "model.layers.0.self_attn.o_proj", weight: {format: e4m3, group_size: tensor, constraint: null}}]}

@@ -95,6 +95,32 @@ def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_lla
     assert total > 10_000 and agreeing / total > 0.999  # sums of batches in another order
 
 
+def test_blocks_stage_by_stage_beside_the_unquantized_ones_are_the_pipeline(tiny_llama):
+    windows = np.random.default_rng(0).integers(0, 250, (8, 32)).astype(np.int32)
+    joint = {"order": "activation", "scale_search": True, "error_propagation": 0.5}
+    recipe = fpq.Recipe.from_dict({"weight": {"constraint": "m2", "group_size": 16}, "sequential": True} | joint)
+    parts = quantize_checkpoint(HfCheckpoint(tiny_llama), recipe, windows, "float32", make_mesh())
+    pipeline = {path: leaf for part in parts for path, leaf in part.params.items()}
+    model = fpq.load(tiny_llama, dtype=jnp.float32)
+    graph, _ = nnx.split(model.layers[0])
+    block = lambda state, x: nnx.merge(graph, state)(x, _positions(x))[0]
+    embedded = model.embed(jnp.asarray(windows), jnp.broadcast_to(jnp.arange(32), windows.shape))
+    blocks = [(block, nnx.split(layer)[1]) for layer in model.layers]
+    done = list(fpq.quantize_blocks(blocks, [embedded[:4], embedded[4:]], recipe))
+    agreeing = total = 0
+    for i, (tree, report) in enumerate(done):
+        assert len(report.results) == 7 and all(result.error < result.rounding_error for result in report.results)
+        for path, leaf in named_leaves(tree, lambda leaf: isinstance(leaf, fpq.QTensor))[0]:
+            if isinstance(leaf, fpq.QTensor):
+                same = np.asarray(leaf.codes == pipeline[f"layers.{i}.{path}"].codes)
+                agreeing, total = agreeing + same.sum(), total + same.size
+    assert total > 10_000 and agreeing / total > 0.99  # sums of batches in another order
+    with pytest.raises(fpq.FpqError, match="is sequential, and all Hessians at once are not; use quantize_blocks"):
+        fpq.collect_hessians(*_llama(tiny_llama), [windows], recipe)
+    with pytest.raises(fpq.FpqError, match="error_propagation, which needs the unquantized model beside it"):
+        fpq.quantize_params({"kernel": jnp.ones((16, 16))}, recipe, {"kernel": jnp.eye(16)})
+
+
 def _positions(x):
     return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, forward, random_tensors, write_checkpoint
+from conftest import TINY_CONFIG, forward, mostly_full, random_tensors, write_checkpoint
 
 from fpq_jax import QTensor, Recipe, dequantize, gptq
 from fpq_jax._checkpoints.demo import demo_model_path
@@ -25,6 +25,14 @@ def quantized(checkpoint, what, windows, **options):
 
 def recipe(**options):
     return Recipe.from_dict({"weight": {"group_size": 32, "constraint": "m2"}} | options)
+
+
+def forward_through(model, tokens, positions, layers):
+    """The hidden states behind the first layers."""
+    hidden = model.embed(tokens, positions)
+    for layer in list(model.layers)[:layers]:
+        hidden, _ = layer(hidden, positions)
+    return hidden
 
 
 @pytest.fixture
@@ -59,6 +67,28 @@ def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_l
     expected = np.asarray(dequantize(gptq(w, h, what.default.spec)))
     got = np.asarray(dequantize(jax.tree.map(jnp.asarray, params["layers.1.self_attn.q_proj.kernel"])))
     assert (got == expected).mean() > 0.99
+
+
+JOINT = {
+    "sequential": True,
+    "order": "activation",
+    "scale_search": True,
+    "sweeps": 1,
+    "error_propagation": 0.5,
+    "lorc": {"rank": 4, "weighted": True, "rounds": 1},
+}
+
+
+@pytest.mark.parametrize("folder", mostly_full(["tiny_llama", "tiny_opt"], 1))
+def test_a_sequential_run_makes_up_for_errors_and_goes_on_where_it_was_left(folder, request, windows):
+    checkpoint = HfCheckpoint(request.getfixturevalue(folder))
+    params, results = quantized(checkpoint, recipe(**JOINT), windows)
+    assert all(r.error < r.rounding_error for r in results) and len(results) == len(linears(checkpoint))
+    first = {path: leaf for path, leaf in params.items() if path.startswith("layers.0.")}
+    finished = {"embedding": dict, "layers.0": lambda: jax.tree.map(jnp.asarray, first)}
+    rest, _ = quantized(checkpoint, recipe(**JOINT), windows, finished=finished)
+    assert {path for path in params if path.startswith("layers.1.")} < rest.keys() < params.keys() - first.keys()
+    chex.assert_trees_all_equal(rest, {path: params[path] for path in rest})
 
 
 @pytest.mark.full
@@ -97,7 +127,7 @@ def test_recipes_share_the_first_layers_calibration_and_nothing_else(tiny_llama,
     import fpq_jax._pipeline.quantize_layers as pipeline
 
     calls, calibrate = [], pipeline.calibrate
-    monkeypatch.setattr(pipeline, "calibrate", lambda *a: (calls.append(a), calibrate(*a))[1])
+    monkeypatch.setattr(pipeline, "calibrate", lambda *a, **b: (calls.append(a), calibrate(*a, **b))[1])
     checkpoint, first_layer = HfCheckpoint(tiny_llama), {}
     run = lambda what, **kept: quantized(checkpoint, what, windows, **kept)[0]
     other = recipe(weight={"format": "int4", "group_size": 16})
@@ -124,6 +154,37 @@ def test_the_same_seed_gives_the_same_bits(tiny_llama, windows):
     checkpoint = HfCheckpoint(tiny_llama)
     runs = [quantized(checkpoint, recipe(lorc={}), windows, seed=3)[0] for _ in range(2)]
     chex.assert_trees_all_equal(*runs)
+
+
+@pytest.mark.full
+def test_each_option_brings_the_layers_output_nearer_to_the_unquantized_one_on_other_text():
+    """The demo model's first two layers, on the text that is held back: by themselves and all together."""
+    checkpoint = HfCheckpoint(demo_model_path())
+    tokenizer = load_tokenizer(checkpoint.folder)
+    options = {"length": 256, "vocab_size": checkpoint.model_config.vocab_size}
+    text = calibration_text("demo", tokenizer, num_samples=64, seed=0, hold_back=True, **options)
+    held = jnp.asarray(text.tail[:16])
+    positions = jnp.broadcast_to(jnp.arange(256), held.shape)
+
+    def hidden(params):
+        model = build_model(checkpoint.model_class, checkpoint.model_config, params)
+        return np.asarray(forward_through(model, held, positions, 2))
+
+    original = hidden(checkpoint.read(jnp.float32))
+    everything = JOINT | {"lorc": None, "sweeps": 2}
+    errors = {}
+    for name, what in {
+        "plain": {},
+        "order": {"order": "activation"},
+        "scales": {"scale_search": True},
+        "sweeps": {"sweeps": 2},
+        "propagation": {"sequential": True, "error_propagation": 0.5},
+        "all": everything,
+    }.items():
+        params, _ = quantized(checkpoint, Recipe.from_dict({"weight": {"constraint": "m2"}} | what), text.windows)
+        errors[name] = np.linalg.norm(hidden(params) - original)
+    assert all(errors[name] < errors["plain"] for name in errors if name != "plain"), errors
+    assert errors["all"] == min(errors.values()), errors
 
 
 @pytest.mark.full

@@ -12,8 +12,13 @@ weights of a block, updated for everything before it, are therefore
 
 so finished blocks enter through one matrix product, and only small diagonal blocks are inverted. Inside a block the
 published column loop runs on V with U_bb. Group scales are taken from V, with every earlier update in it.
+
+With the order "activation" (act-order, from the GPTQ code) inputs go by their Hessian's diagonal, the largest first,
+while many others can still make up for their errors. Groups keep the inputs that they would have without it (static
+groups), so nothing about what is stored changes; their scales are known before the first input is rounded.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,12 +26,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from fpq_jax._algorithms.linalg import matmul
+from fpq_jax._algorithms.metric import GptqStats, Metric, Order, cholesky, factorize
 from fpq_jax._numerics.formats import Format, encode
 from fpq_jax._numerics.qtensor import QTensor, assemble
-from fpq_jax._numerics.scales import Scale, group_scale, row_reference
+from fpq_jax._numerics.scales import Scale, group_scale, of_inputs, row_reference, weight_scales
 from fpq_jax._numerics.spec import QuantSpec
 
 _MAX_SEGMENT = 32  # inputs updated one by one; between segments a matrix product does it
@@ -34,24 +40,15 @@ _UNROLLED = 8  # steps of the loop over inputs in one of its turns, which a GPU 
 _MIN_BLOCK = 128  # small groups are put together into blocks of about this size
 _ONE_GROUP_BLOCK = 256  # block size where the whole row is one group
 _CHUNK = 512  # finished inputs entering one matrix product
-_MAX_DAMPING_STEPS = 8  # each raises the damping tenfold
-
-
-class GptqStats(NamedTuple):
-    """Holds what GPTQ had to do to succeed.
-
-    Attributes:
-        damping: float32, the share of the mean of the Hessian's diagonal with which the Cholesky factorization
-            succeeded.
-        dead: int32, how many inputs were never seen.
-    """
-
-    damping: Float[Array, ""]
-    dead: Int[Array, ""]
 
 
 def gptq(
-    w: Float[Array, "in out"], hessian: Float[Array, "in in"], spec: QuantSpec, *, damping: float = 0.01
+    w: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    spec: QuantSpec,
+    *,
+    damping: float = 0.01,
+    order: Order = "natural",
 ) -> QTensor:
     """Quantizes one weight with GPTQ (Frantar et al., 2022, arXiv 2210.17323, algorithm 1).
 
@@ -64,6 +61,8 @@ def gptq(
         spec: format, groups and scale constraint.
         damping: what is added to the Hessian's diagonal, as a share of its mean; ten times more each time that the
             Cholesky factorization fails, at most eight times.
+        order: in which the inputs are rounded, ``"natural"`` or ``"activation"``: by the Hessian's diagonal, the
+            largest first, with the groups that they have without it (act-order with static groups).
 
     Returns:
         A QTensor of logical shape [in, out].
@@ -77,12 +76,17 @@ def gptq(
         >>> bool(error(q) < 0.5 * error(fpq.quantize_array(w, spec)))
         True
     """
-    return gptq_with_stats(w, hessian, spec, damping=damping)[0]
+    return gptq_with_stats(w, hessian, spec, damping=damping, order=order)[0]
 
 
-@partial(jax.jit, static_argnames=("spec",))
+@partial(jax.jit, static_argnames=("spec", "order"))
 def gptq_with_stats(
-    w: Float[Array, "in out"], hessian: Float[Array, "in in"], spec: QuantSpec, *, damping: float | Array = 0.01
+    w: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    spec: QuantSpec,
+    *,
+    damping: float | Array = 0.01,
+    order: Order = "natural",
 ) -> tuple[QTensor, GptqStats]:
     """Quantizes one weight as ``gptq`` does, and reports the damping that this took.
 
@@ -91,6 +95,7 @@ def gptq_with_stats(
         hessian: ``[in, in]``, the sum of x x^T over the inputs x, or any positive multiple of it.
         spec: format, groups and scale constraint.
         damping: what is added to the Hessian's diagonal, as a share of its mean.
+        order: in which the inputs are rounded, see ``gptq``.
 
     Returns:
         The QTensor, and a named tuple of the ``damping`` with which the Cholesky factorization succeeded and of
@@ -104,6 +109,12 @@ def gptq_with_stats(
         (0.01, 1)
     """
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
+    if order == "activation":
+        metric = factorize(hessian, damping, order)
+        w = jnp.where(metric.dead[:, None], 0.0, w)
+        scales, reference = weight_scales(w, jnp.diagonal(metric.hessian), spec)
+        values = round_in_order(w, of_inputs(scales, spec, len(w)), metric, spec.format)
+        return assemble(encode(values, spec.format), scales, reference, spec), metric.stats
     in_features = w.shape[0]
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
@@ -114,10 +125,15 @@ def gptq_with_stats(
     blocking = _Blocking.of(spec, in_features)
     source = blocking.source(in_features)
     hessian, w_padded = _pad(hessian, w, source)
-    factor, damping = _factorize(hessian, damping * jnp.mean(importance), damping, jnp.asarray(source >= 0))
+    factor, damping = cholesky(hessian, damping * jnp.mean(importance), damping, jnp.asarray(source >= 0))
     reference = row_reference(w, spec)
     weight = jnp.where(source >= 0, importance[source], jnp.float32(0))
-    values, scales = _quantize_blocks(w_padded, factor, reference, weight, spec, blocking, in_features)
+    of_group = lambda rows, importance: group_scale(rows, reference, importance, spec, in_features)
+    if blocking.one_group:
+        scale = of_group(w_padded, weight)
+        values, scales = _quantize_blocks(w_padded, factor, scale, spec.format, blocking)
+    else:
+        values, scales = _quantize_blocks(w_padded, factor, _ByGroup(of_group, weight), spec.format, blocking)
 
     codes = encode(values, spec.format)
     if blocking.padded != in_features:
@@ -127,12 +143,29 @@ def gptq_with_stats(
     return q, GptqStats(damping, jnp.sum(dead))
 
 
+def round_in_order(w: Float[Array, "in out"], scales: Scale, metric: Metric, fmt: Format) -> Float[Array, "in out"]:
+    """The format's values for ``w`` with error feedback in the metric's order. ``scales``: of each input, [in, out]."""
+    in_features = len(w)
+    blocking = _Blocking.of_row(in_features)
+    source = blocking.source(in_features)
+    real = source >= 0
+    ordered = lambda m: m[metric.order]
+    # R of the padded Hessian is R with ones on the diagonal
+    factor = jnp.where(
+        real[:, None] & real[None, :], metric.factor[source][:, source], jnp.diag(1.0 - real.astype(np.float32))
+    )
+    pad = lambda m, with_: jnp.where(real[:, None], ordered(m)[source], with_)
+    static = Scale(pad(scales.scale, 1.0), pad(scales.zero, 0.0))
+    values, _ = _quantize_blocks(pad(w, 0.0), factor, static, fmt, blocking)
+    return jnp.zeros_like(values[:in_features]).at[metric.order].set(values[:in_features])
+
+
 @dataclass(frozen=True)
 class _Blocking:
     """How the inputs are cut: blocks of segments; a group is ``per_group`` segments and never crosses a block.
 
-    Groups are padded with dead inputs to whole segments, so every shape is static. A row that is one group has its
-    scale from the start, and its blocks are cut for speed.
+    Groups are padded with dead inputs to whole segments, so every shape is static. Where scales are known from the
+    start, as that of a row which is one group, blocks are cut for speed.
     """
 
     length: int  # inputs of a group
@@ -145,13 +178,20 @@ class _Blocking:
     @classmethod
     def of(cls, spec: QuantSpec, in_features: int) -> "_Blocking":
         groups, length = spec.num_groups(in_features), spec.group_length(in_features)
-        one_group = groups == 1
-        cut = min(length, _ONE_GROUP_BLOCK) if one_group else length
+        if groups == 1:
+            return cls.of_row(in_features)
+        per_group = -(-length // _MAX_SEGMENT)
+        segment = -(-length // per_group)
+        together = max(1, min(groups, _MIN_BLOCK // (per_group * segment)))
+        return cls(length, segment, per_group, per_group * together, -(-groups // together), False)
+
+    @classmethod
+    def of_row(cls, in_features: int) -> "_Blocking":
+        """Of a row whose scales are known from the start."""
+        cut = min(in_features, _ONE_GROUP_BLOCK)
         per_group = -(-cut // _MAX_SEGMENT)
         segment = -(-cut // per_group)
-        together = 1 if one_group else max(1, min(groups, _MIN_BLOCK // (per_group * segment)))
-        blocks = -(-in_features // (per_group * segment)) if one_group else -(-groups // together)
-        return cls(length, segment, per_group, per_group * together, blocks, one_group)
+        return cls(in_features, segment, per_group, per_group, -(-in_features // (per_group * segment)), True)
 
     @property
     def block(self) -> int:
@@ -182,53 +222,43 @@ def _pad(hessian: Array, w: Array, source: np.ndarray) -> tuple[Array, Array]:
     return hessian, jnp.where(real[:, None], w[source], 0.0)
 
 
-def _factorize(hessian: Array, added: Array, damping: float | Array, real: Array) -> tuple[Array, Array]:
-    """The lower triangular R^T with R R^T = H + damping, and the damping with which this succeeded."""
+class _ByGroup(NamedTuple):
+    """Scales that are taken when the walk comes to a group: of(its weights, the importance of its inputs)."""
 
-    def attempt(i):
-        share = 10.0**i
-        damped = hessian + jnp.diag(jnp.where(real, added * share, 0.0))
-        # the Cholesky factor of the reversed matrix, reversed, is upper triangular
-        return jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1].T
-
-    def failed(state):
-        i, factor = state
-        return ~jnp.all(jnp.isfinite(factor)) & (i < _MAX_DAMPING_STEPS)
-
-    i, factor = jax.lax.while_loop(failed, lambda s: (s[0] + 1, attempt(s[0] + 1.0)), (jnp.float32(0), attempt(0.0)))
-    return factor, damping * 10.0**i
+    of: Callable[[Array, Array], Scale]
+    weight: Float[Array, " P"]
 
 
 def _quantize_blocks(
     w: Float[Array, "P out"],
     factor: Float[Array, "P P"],
-    reference: Scale,
-    weight: Float[Array, " P"],
-    spec: QuantSpec,
+    scales: Scale | _ByGroup,
+    fmt: Format,
     blocking: _Blocking,
-    in_features: int,
 ) -> tuple[Array, Scale]:
-    """(values [P, out] of the format, scales [groups, out]) of the padded weight."""
+    """(values [P, out] of the format, scales [groups, out]) of the padded weight. ``scales``: where they are known
+    already, [out] of all inputs or [P, out] of each, and come back with an axis in front."""
     (padded, out), block, segment = w.shape, blocking.block, blocking.segment
     group = blocking.per_group * segment
-    groups = 1 if blocking.one_group else padded // group
     chunks = -(-padded // _CHUNK)
     factor_columns = jnp.pad(factor, ((0, 0), (0, chunks * _CHUNK - padded)))
     blocks = _diagonal_blocks(factor, block)
     inverses = jax.lax.linalg.triangular_solve(
         blocks, jnp.broadcast_to(jnp.eye(block, dtype=jnp.float32), blocks.shape), left_side=True, lower=True
     )  # U_bb^T
-    if blocking.one_group:
-        scales = jax.tree.map(lambda m: m[None], group_scale(w, reference, weight, spec, in_features))
+    if isinstance(scales, _ByGroup):
+        shape = padded // group, out
+        found = Scale(jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int8))
     else:
-        scales = Scale(
-            jnp.ones((groups, out), jnp.float32),
-            jnp.zeros((groups, out), jnp.float32),
-            jnp.zeros((groups, out), jnp.int8),
-        )
+        found = jax.tree.map(lambda m: m[None], scales)
+
+    def known(start, size):
+        """The scales of some inputs, where they are known."""
+        rows = lambda m: m if m.ndim == 1 else jax.lax.dynamic_slice_in_dim(m, start, size)
+        return jax.tree.map(rows, scales)
 
     def one_block(b, state):
-        values, residual, scales = state
+        values, residual, found = state
         start = b * block
         w_block = jax.lax.dynamic_slice_in_dim(w, start, block)
         rows = jax.lax.dynamic_slice_in_dim(factor_columns, start, block)
@@ -245,42 +275,45 @@ def _quantize_blocks(
         v = w_block + matmul(lower, s)
 
         def one_segment(i, state):
-            v, values_block, scales, scale = state
+            v, values_block, found, scale = state
             first = i * segment
-            if not blocking.one_group:
+            if isinstance(scales, _ByGroup):
 
                 def new_scale(_):
                     rows = jax.lax.dynamic_slice_in_dim(v, first, group)
-                    importance = jax.lax.dynamic_slice_in_dim(weight, start + first, group)
-                    scale = group_scale(rows, reference, importance, spec, in_features)
+                    scale = scales.of(rows, jax.lax.dynamic_slice_in_dim(scales.weight, start + first, group))
                     index = (start + first) // group
-                    return scale, jax.tree.map(lambda all_, one: all_.at[index].set(one), scales, scale)
+                    return scale, jax.tree.map(lambda all_, one: all_.at[index].set(one), found, scale)
 
-                scale, scales = jax.lax.cond(i % blocking.per_group == 0, new_scale, lambda _: (scale, scales), None)
+                scale, found = jax.lax.cond(i % blocking.per_group == 0, new_scale, lambda _: (scale, found), None)
             columns = jax.lax.dynamic_slice_in_dim(lower, first, segment, axis=1)  # of U^T: rows of U
             diagonal = jax.lax.dynamic_slice_in_dim(columns, first, segment)
             v_segment = jax.lax.dynamic_slice_in_dim(v, first, segment)
 
-            errors, values_segment = _one_by_one(v_segment, diagonal, scale, spec.format)
+            own = scale if isinstance(scales, _ByGroup) else known(start + first, segment)
+            errors, values_segment = _one_by_one(v_segment, diagonal, own, fmt)
             behind = jnp.arange(block)[:, None] >= first + segment
             v = v - matmul(jnp.where(behind, columns, 0.0), errors)
             values_block = jax.lax.dynamic_update_slice_in_dim(values_block, values_segment, first, 0)
-            return v, values_block, scales, scale
+            return v, values_block, found, scale
 
-        state = (v, jnp.zeros_like(v), scales, jax.tree.map(lambda m: m[0], scales))
-        _, values_block, scales, scale = jax.lax.fori_loop(0, blocking.per_block, one_segment, state)
-        if not blocking.one_group:
+        _, values_block, found, _ = jax.lax.fori_loop(
+            0, blocking.per_block, one_segment, (v, jnp.zeros_like(v), found, jax.tree.map(lambda m: m[0], found))
+        )
+        if isinstance(scales, _ByGroup):
             these = lambda m: jax.lax.dynamic_slice_in_dim(m, start // group, block // group)
-            scale = jax.tree.map(lambda m: jnp.repeat(these(m), group, axis=0), scales)
+            scale = jax.tree.map(lambda m: jnp.repeat(these(m), group, axis=0), found)
+        else:
+            scale = known(start, block)
         # residuals against the weights as given, not as updated
-        d = w_block - scale.numbers(values_block, spec.format)
+        d = w_block - scale.numbers(values_block, fmt)
         residual = jax.lax.dynamic_update_slice_in_dim(residual, d, start, 0)
         values = jax.lax.dynamic_update_slice_in_dim(values, values_block, start, 0)
-        return values, residual, scales
+        return values, residual, found
 
-    state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out), jnp.float32), scales)
-    values, _, scales = jax.lax.fori_loop(0, blocking.blocks, one_block, state)
-    return values, scales
+    state = (jnp.zeros_like(w), jnp.zeros((chunks * _CHUNK, out), jnp.float32), found)
+    values, _, found = jax.lax.fori_loop(0, blocking.blocks, one_block, state)
+    return values, found
 
 
 def _one_by_one(
@@ -288,15 +321,17 @@ def _one_by_one(
 ) -> tuple[Float[Array, "t out"], Float[Array, "t out"]]:
     """The published loop over the inputs of a segment: (errors over U's diagonal, values of the format).
 
-    ``lower`` is the segment's diagonal block of U^T. A finished input keeps the weight that it was rounded from, so the
-    loop carries nothing else, and values and errors are taken of all inputs at once behind it.
+    ``lower`` is the segment's diagonal block of U^T; ``scale`` [out], or [t, out] of each input. A finished input keeps
+    the weight that it was rounded from, so the loop carries nothing else, and values and errors are taken of all inputs
+    at once behind it.
     """
     strictly_lower = jnp.tril(lower, -1)
 
     def one_input(j, v):
         row = jax.lax.dynamic_index_in_dim(v, j, keepdims=False)
         column = jax.lax.dynamic_index_in_dim(strictly_lower, j, axis=1, keepdims=False)
-        error = (row - scale.numbers(scale.values(row, fmt), fmt)) / lower[j, j]
+        at = jax.tree.map(lambda m: m if m.ndim == 1 else jax.lax.dynamic_index_in_dim(m, j, keepdims=False), scale)
+        error = (row - at.numbers(at.values(row, fmt), fmt)) / lower[j, j]
         return v - column[:, None] * error
 
     v = jax.lax.fori_loop(0, v.shape[0], one_input, v, unroll=_UNROLLED)

@@ -2,6 +2,9 @@
 
 E = W - What = U S V; the layer computes with What + A B, A = U_m sqrt(S_m) [in, m], B = sqrt(S_m) V_m [m, out].
 The truncated SVD is randomized with power iterations (Halko, Martinsson, Tropp, 2011, algorithm 4.4).
+
+Weighted by the inputs, what is least is the error of the outputs, |R^T (E - A B)| with the Hessian H = R R^T, which is
+the truncated SVD of R^T E, times R^-T (QERA, Zhang et al., 2024, arXiv 2410.06040, in exact form).
 """
 
 from dataclasses import replace
@@ -14,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fpq_jax._algorithms.linalg import matmul
+from fpq_jax._algorithms.metric import Metric
 from fpq_jax._numerics.qtensor import LowRank, QTensor, dequantize
 
 FactorDtype = Literal["bfloat16", "int8"]
@@ -59,6 +63,18 @@ def lorc(
     u, s, vt = truncated_svd(error, min(rank, *error.shape), seed)
     root = jnp.sqrt(s)
     return replace(q, low_rank=_factors(u * root, root[:, None] * vt, dtype))
+
+
+def weighted_low_rank(
+    error: Float[Array, "in out"], metric: Metric, rank: int, dtype: FactorDtype, seed: int | Array
+) -> LowRank:
+    """The low-rank matrix nearest to ``error`` in the metric, in factors of equal norm."""
+    u, s, vt = truncated_svd(matmul(metric.factor, error[metric.order]), min(rank, *error.shape), seed)
+    a = jax.scipy.linalg.solve_triangular(metric.factor, u * s, lower=True)
+    a = jnp.zeros_like(a).at[metric.order].set(a)
+    norms = jnp.sqrt(jnp.linalg.norm(a, axis=0))
+    norms = jnp.where(norms > 0, norms, 1.0)
+    return _factors(a / norms, norms[:, None] * vt, dtype)
 
 
 def truncated_svd(m: Float[Array, "n k"], rank: int, seed: int | Array) -> tuple[Array, Array, Array]:

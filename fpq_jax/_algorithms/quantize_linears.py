@@ -19,13 +19,16 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fpq_jax._algorithms.gptq import GptqStats, gptq_with_stats
+from fpq_jax._algorithms.error_propagation import propagated
+from fpq_jax._algorithms.gptq import gptq_with_stats
+from fpq_jax._algorithms.joint import Columns, quantize_jointly
 from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.metric import GptqStats, factorize
 from fpq_jax._algorithms.output_error import column_errors
-from fpq_jax._algorithms.recipe import LinearRecipe
+from fpq_jax._algorithms.recipe import LinearRecipe, Lorc
 from fpq_jax._algorithms.statistics import CalibrationStats, InputStats, SharedInput
 from fpq_jax._errors import FpqError
-from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
+from fpq_jax._numerics.qtensor import LowRank, QTensor, dequantize, quantize_array
 from fpq_jax._numerics.scales import Scale
 from fpq_jax._numerics.spec import QuantSpec
 from fpq_jax._support.mesh import AXES
@@ -55,6 +58,9 @@ class LinearResult:
     fell_back: bool = False
 
 
+Done = dict[str, tuple[QTensor, LinearResult]]  # by path
+
+
 def quantize_linears(
     weights: Flat,
     recipes: dict[str, LinearRecipe],
@@ -63,7 +69,7 @@ def quantize_linears(
     mesh: Mesh,
     seed: int,
     timer: Timer,
-) -> dict[str, tuple[QTensor, LinearResult]]:
+) -> Done:
     """QTensor and result of each kernel in ``recipes``, in its order.
 
     weights: by path, on every device of the mesh. QTensors' outputs are divided over the mesh where they divide evenly.
@@ -76,21 +82,23 @@ def quantize_linears(
         if not bool(jnp.all(jnp.isfinite(seen.hessian))):
             name = names[paths[0]]
             raise FpqError(f"The inputs of {name} overflow during calibration; use --dtype float32 or bfloat16.")
-        quantized |= _quantize_together(paths, weights, seen, recipes[paths[0]], mesh)
+        quantized |= _quantize_together(paths, weights, seen, recipes[paths[0]], mesh, seed)
         spent = time.perf_counter() - began
         outputs = sum(weights[path].shape[1] for path in paths)
         seconds |= {path: spent * weights[path].shape[1] / outputs for path in paths}
         timer("gptq", spent)
     began = time.perf_counter()
-    tensors = jax.block_until_ready(_with_lorc({p: s.q for p, s in quantized.items()}, weights, recipes, mesh, seed))
+    tensors = {path: found.q for path, found in quantized.items()}
+    corrections = {path: r.lorc for path, r in recipes.items() if r.lorc is not None and tensors[path].low_rank is None}
+    tensors = jax.block_until_ready(_with_lorc(tensors, weights, corrections, mesh, seed))
     spent = time.perf_counter() - began
     timer("lorc", spent)
     size = sum(weights[path].size for path in recipes)
-    done = {}
+    done: Done = {}
     began = time.perf_counter()
     for path, recipe in recipes.items():
         q, found = tensors[path], quantized[path]
-        lost = found.outputs.lost if recipe.lorc is None else _column_errors(weights[path], q, stats.of(path), mesh)
+        lost = found.outputs.lost if path not in corrections else _column_errors(weights[path], q, stats.of(path), mesh)
         if path in stats.static_scales:
             q = _with_static_scale(q, stats.static_scales[path])
         taken = seconds[path] + spent * weights[path].size / size
@@ -120,6 +128,7 @@ def _may_join(path: str, other: str, weights: Flat, recipes: dict[str, LinearRec
     rows = recipe.spec.compute_rows
     return (
         recipes[other] == recipe
+        and not recipe.corrects_jointly  # a correction is of one kernel
         and recipe.spec.group_size != "tensor"
         and all(weights[p].shape[1] % rows == 0 for p in (path, other))
     )
@@ -141,7 +150,7 @@ class _ByOutput(NamedTuple):
 
 
 class _Quantized(NamedTuple):
-    """q without LoRC; the rest is on every device."""
+    """q, without a correction that is not weighted; the rest is on every device."""
 
     q: QTensor
     gptq: GptqStats
@@ -149,19 +158,17 @@ class _Quantized(NamedTuple):
 
 
 def _quantize_together(
-    paths: tuple[str, ...], weights: Flat, seen: InputStats, recipe: LinearRecipe, mesh: Mesh
+    paths: tuple[str, ...], weights: Flat, seen: InputStats, recipe: LinearRecipe, mesh: Mesh, seed: int
 ) -> dict[str, _Quantized]:
     """Kernels that are quantized side by side, each for itself again."""
     unseen = not bool(jnp.any(jnp.diagonal(seen.hessian) > 0))
     width = sum(weights[path].shape[1] for path in paths)
     found = quantize_kernel(
         _side_by_side([weights[path] for path in paths], _by_outputs(width, mesh, recipe.spec)),
-        seen.hessian,
-        seen.count,
-        recipe.spec,
-        "round" if unseen else recipe.method,
-        recipe.damping,
+        seen,
+        recipe if not unseen else LinearRecipe(spec=recipe.spec, method="round"),
         mesh,
+        seed,
     )
     outputs = _ByOutput(*map(np.asarray, jax.block_until_ready(found).outputs))
     if len(paths) == 1:
@@ -200,8 +207,10 @@ def _result(
 def abstract_quantize(shape: tuple[int, int], dtype: DTypeLike, recipe: LinearRecipe, mesh: Mesh) -> Any:
     """The lowered program of ``quantize_kernel`` for a weight of this shape."""
     w = jax.ShapeDtypeStruct(shape, dtype, sharding=_by_outputs(shape[1], mesh, recipe.spec))
-    seen = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    return quantize_kernel.lower(w, *abstract(seen, mesh, P()), recipe.spec, recipe.method, recipe.damping, mesh)
+    square = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32)
+    cross = square if recipe.error_propagation else None
+    seen = InputStats(square, jax.ShapeDtypeStruct((), jnp.int32), cross)
+    return quantize_kernel.lower(w, abstract(seen, mesh, P()), recipe, mesh, 0)
 
 
 def _divides(outputs: int, mesh: Mesh, spec: QuantSpec) -> bool:
@@ -218,36 +227,51 @@ def _side_by_side(weights: list[Float[Array, "in _"]], sharding: NamedSharding) 
     return jax.lax.with_sharding_constraint(jnp.concatenate(weights, axis=1), sharding)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(2, 3))
 def quantize_kernel(
-    w: Float[Array, "in out"],
-    hessian: Float[Array, "in in"],
-    count: Int[Array, ""],
-    spec: QuantSpec,
-    method: str,
-    damping: float,
-    mesh: Mesh,
+    w: Float[Array, "in out"], seen: InputStats, recipe: LinearRecipe, mesh: Mesh, seed: int | Array
 ) -> _Quantized:
-    """Quantize ``w``, its outputs divided over the mesh; Hessian and count are on every device."""
+    """Quantize ``w``, its outputs divided over the mesh; statistics are on every device."""
+    spec = recipe.spec
 
-    def local(w: Array, h: Array, n: Array, gather: Callable[[Array], Array] = lambda values: values) -> _Quantized:
-        mean = _mean(h, n)
+    def local(w: Array, seen: InputStats, seed: Array, gather: Columns = _whole, own: Columns = _whole) -> _Quantized:
+        mean = _mean(seen.hessian, seen.count)
         rounded = quantize_array(w, spec)
-        if method == "gptq":
-            q, stats = gptq_with_stats(w, mean, spec, damping=damping)
-        else:
+        if recipe.method == "round":
             q, stats = rounded, GptqStats(jnp.float32(0), jnp.int32(0))
+        elif recipe.static_groups:
+            metric = factorize(mean, recipe.damping, recipe.order)
+            target = w.astype(jnp.float32)
+            if recipe.error_propagation:
+                target = propagated(target, metric, _mean(seen.cross, seen.count), recipe.error_propagation)
+            q, stats = quantize_jointly(target, metric, recipe, seed=seed, gather=gather, own=own), metric.stats
+        else:
+            q, stats = gptq_with_stats(w, mean, spec, damping=recipe.damping)
         rounding, total = column_errors(w, dequantize(rounded), mean), column_errors(w, jnp.zeros_like(w), mean)
-        lost = rounding if method == "round" else column_errors(w, dequantize(q), mean)
+        lost = rounding if recipe.method == "round" else column_errors(w, dequantize(q), mean)
         outputs = _ByOutput(rounding, lost, total, jnp.all(w == 0, axis=0))
-        return _Quantized(q, stats, jax.tree.map(gather, outputs))
+        return _Quantized(q, stats, jax.tree.map(lambda values: gather(values[None])[0], outputs))
 
+    seed = jnp.asarray(seed)
     if not _divides(w.shape[1], mesh, spec):
-        return local(w, hessian, count)
-    local = partial(local, gather=lambda values: jax.lax.all_gather(values, AXES, tiled=True))
-    out: Any = (P(AXES), P(), P())
-    found = per_device(local, mesh, (P(None, AXES), P(), P()), _Quantized(*out))(w, hessian, count)
-    return found._replace(q=replace(found.q, shape=w.shape))
+        return local(w, seen, seed)
+    columns = w.shape[1] // mesh.size
+    gather = lambda m: jax.lax.all_gather(m, AXES, axis=1, tiled=True)
+    own = lambda m: jax.lax.dynamic_slice_in_dim(m, jax.lax.axis_index(AXES) * columns, columns, axis=1)
+
+    def of_device(w: Array, seen: InputStats, seed: Array) -> tuple[_Quantized, LowRank | None]:
+        found = local(w, seen, seed, gather, own)
+        return found._replace(q=replace(found.q, low_rank=None)), found.q.low_rank
+
+    axes: Any = P(AXES), P(), P()
+    out = _Quantized(*axes), LowRank(P(), P(None, AXES), P()) if recipe.corrects_jointly else P()
+    found, low_rank = per_device(of_device, mesh, (P(None, AXES), P(), P()), out)(w, seen, seed)
+    return found._replace(q=replace(found.q, shape=w.shape, low_rank=low_rank))
+
+
+def _whole(columns: Array) -> Array:
+    """Of outputs that are not divided."""
+    return columns
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -259,26 +283,25 @@ def _part(q: QTensor, start: int, stop: int, mesh: Mesh) -> QTensor:
 
 
 def _with_lorc(
-    tensors: dict[str, QTensor], weights: Flat, recipes: dict[str, LinearRecipe], mesh: Mesh, seed: int
+    tensors: dict[str, QTensor], weights: Flat, corrections: dict[str, Lorc], mesh: Mesh, seed: int
 ) -> dict[str, QTensor]:
     """The QTensors with their corrections, each computed by one of the devices, as one device alone would."""
     devices = mesh.devices.ravel()
     factors = {}
-    for i, path in enumerate(path for path in recipes if recipes[path].lorc is not None):
-        recipe, device = recipes[path].lorc, devices[i % len(devices)]
-        assert recipe is not None and recipe.rank != "auto", "Recipe.with_lorc_rank comes first"
+    for i, (path, correction) in enumerate(corrections.items()):
+        device = devices[i % len(devices)]
+        assert correction.rank != "auto", "Recipe.with_lorc_rank comes first"
         whole = replicate((weights[path], tensors[path]), mesh)
         own = lambda leaf, device=device: next((s.data for s in leaf.addressable_shards if s.device == device), None)
         if device.process_index == jax.process_index():
-            factors[path] = _factors(*jax.tree.map(own, whole), recipe.rank, recipe.dtype, seed)
+            factors[path] = _factors(*jax.tree.map(own, whole), correction.rank, correction.dtype, seed)
         else:
             factors[path] = None
     result = dict(tensors)
     for path, found in factors.items():
-        recipe = recipes[path].lorc
-        assert recipe is not None
-        q = tensors[path]
-        shapes = jax.eval_shape(partial(_factors, rank=recipe.rank, dtype=recipe.dtype), weights[path], q, seed=seed)
+        q, correction = tensors[path], corrections[path]
+        of = partial(_factors, rank=correction.rank, dtype=correction.dtype)
+        shapes = jax.eval_shape(of, weights[path], q, seed=seed)
         result[path] = replace(q, low_rank=broadcast_from(found, shapes, mesh))
     return result
 

@@ -12,12 +12,14 @@ from typing import Any, Literal, get_args
 import yaml
 
 from fpq_jax._algorithms.lorc import FactorDtype
+from fpq_jax._algorithms.metric import Order
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import Kind
 from fpq_jax._numerics.spec import QuantSpec
 
 DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
 _ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that stand beside "weight" in YAML
+_PLAIN = ("method", "damping", "order", "scale_search", "sweeps", "error_propagation")  # a LinearRecipe's, as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +29,15 @@ class Lorc:
     Attributes:
         rank: of the correction; ``"auto"`` is the paper's for the model's size.
         dtype: what the factors are stored in, ``"bfloat16"`` or ``"int8"``.
+        weighted: whether the error of the outputs is what is least, not that of the weights.
+        rounds: how often, after the first time, codes and correction are found in turn, each for what the other one
+            leaves; for a weighted correction.
     """
 
     rank: int | Literal["auto"] = 8
     dtype: FactorDtype = "bfloat16"
+    weighted: bool = False
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
@@ -38,6 +45,11 @@ class Lorc:
             raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number or auto.")
         if self.dtype not in get_args(FactorDtype):
             raise FpqError(f"lorc: dtype is {self.dtype!r}; it must be one of {', '.join(get_args(FactorDtype))}.")
+        if not isinstance(self.weighted, bool):
+            raise FpqError(f"lorc: weighted is {self.weighted!r}; it must be true or false.")
+        _check_count("lorc: rounds", self.rounds)
+        if self.rounds and not self.weighted:
+            raise FpqError("lorc: rounds are for a weighted correction; say weighted: true.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +60,21 @@ class LinearRecipe:
         spec: format, groups, scale constraint and activations.
         method: ``"gptq"``, or ``"round"`` to nearest.
         damping: GPTQ's, as a share of the mean of the Hessian's diagonal.
+        order: in which GPTQ rounds the inputs, ``"natural"`` or ``"activation"``, see ``gptq``.
+        scale_search: whether scales are those of least weighted error, instead of the least that clip nothing.
+        sweeps: of coordinate descent over the codes after GPTQ.
+        error_propagation: share, 0 to 1, of the error handed on by what is quantized before it that the weight is
+            changed to make up for; needs a recipe that is ``sequential``.
         lorc: the low-rank compensation, or None.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
     method: Literal["gptq", "round"] = "gptq"
     damping: float = 0.01
+    order: Order = "natural"
+    scale_search: bool = False
+    sweeps: int = 0
+    error_propagation: float = 0.0
     lorc: Lorc | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +82,33 @@ class LinearRecipe:
             raise FpqError(f"method is {self.method!r}; it must be gptq or round.")
         if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping < 1:
             raise FpqError(f"damping is {self.damping!r}; it must be a number between 0 and 1.")
+        if self.order not in get_args(Order):
+            raise FpqError(f"order is {self.order!r}; it must be natural or activation.")
+        if not isinstance(self.scale_search, bool):
+            raise FpqError(f"scale_search is {self.scale_search!r}; it must be true or false.")
+        _check_count("sweeps", self.sweeps)
+        share = self.error_propagation
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise FpqError(f"error_propagation is {share!r}; it must be a number from 0 to 1.")
+        if self.static_groups and self.method != "gptq":
+            raise FpqError("order, scale_search, sweeps, error_propagation and a weighted lorc are for method gptq.")
+        if self.scale_search and self.spec.exponent_rounding != "up":
+            raise FpqError(
+                f"scale_search finds the exponents; exponent_rounding {self.spec.exponent_rounding} does too."
+            )
+        if share and self.lorc is not None and not self.lorc.weighted:
+            raise FpqError("lorc without weighted: true would undo error_propagation.")
+
+    @property
+    def static_groups(self) -> bool:
+        """Whether scales are known before the first input is rounded, as everything beyond plain GPTQ needs it."""
+        options = self.scale_search, self.sweeps, self.error_propagation, self.corrects_jointly
+        return self.order != "natural" or any(options)
+
+    @property
+    def corrects_jointly(self) -> bool:
+        """Whether the low-rank correction is found with the codes, not after them."""
+        return self.lorc is not None and self.lorc.weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +139,30 @@ class Rule:
 class Recipe:
     """Describes how a model is quantized: a default for every Linear, and rules that change it for some.
 
-    It is frozen and checked when it is made. A later rule wins. The keys of its YAML, and of ``from_dict``, are
-    ``weight`` (a mapping of ``format``, ``group_size``, ``constraint``, ``exponent_rounding`` and ``compute_rows``, see
-    ``QuantSpec``), ``activation``, ``activation_scale``, ``method`` (``gptq`` or ``round``), ``damping`` (of GPTQ),
-    ``lorc`` (a mapping of ``rank`` and ``dtype``, see ``lorc``; rank ``auto`` is the paper's for the model's size), and
-    ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
-    former keys, with ``axes`` such as ``in out`` for parameters of other trees.
+    It is frozen and checked when it is made. A later rule wins. The keys of its YAML, and of ``from_dict``, are:
+
+    - ``weight``: a mapping of ``format``, ``group_size``, ``constraint``, ``exponent_rounding`` and ``compute_rows``,
+      see ``QuantSpec``.
+    - ``activation``, ``activation_scale``: see ``QuantSpec``.
+    - ``method``: ``gptq`` or ``round``. ``damping``, ``order``: of GPTQ, see ``gptq``.
+    - ``scale_search``: whether scales are those of least weighted error, instead of the least that clip nothing.
+    - ``sweeps``: of coordinate descent over the codes after GPTQ.
+    - ``lorc``: a mapping of ``rank`` (``auto`` is the paper's for the model's size), ``dtype``, ``weighted`` (the error
+      of the outputs is what is least, not that of the weights) and ``rounds`` (how often, after the first time, codes
+      and correction are found in turn).
+    - ``sequential``: see below. ``error_propagation``: the share, 0 to 1, of the error handed on by what is quantized
+      before it that each weight makes up for; it needs ``sequential``.
+    - ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
+      former keys but ``sequential``, with ``axes`` such as ``in out`` for parameters of other trees.
 
     Attributes:
         name: what messages and reports call it.
         default: how a Linear is quantized where no rule fits it.
         rules: what is different for the parameters that fit a pattern, in order.
+        sequential: whether each stage of a layer is calibrated behind the quantized stages before it, as layers are.
+
+    Raises:
+        FpqError: a field has an impossible value, or two contradict each other.
 
     Example:
         >>> recipe = fpq.Recipe.load("w4a8-fp-m2-lorc").with_group_size(128).with_rule("*.head.*", quantize=False)
@@ -114,6 +175,19 @@ class Recipe:
     name: str = "recipe"
     default: LinearRecipe = field(default_factory=LinearRecipe)
     rules: tuple[Rule, ...] = ()
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sequential, bool):
+            raise FpqError(f"sequential is {self.sequential!r}; it must be true or false.")
+        if not self.sequential and self.propagates:
+            raise FpqError("error_propagation needs sequential: true; without it weights get worse.")
+
+    @property
+    def propagates(self) -> bool:
+        """Whether any weight makes up for errors of others."""
+        every = (self.default, *(rule.change for rule in self.rules))
+        return any(one is not None and one.error_propagation > 0 for one in every)
 
     @classmethod
     def load(cls, name: str | Path) -> "Recipe":
@@ -173,10 +247,16 @@ class Recipe:
         """
         options = dict(options)
         name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
+        sequential = options.pop("sequential", False)
         default = _linear_recipe(LinearRecipe(), options)
         if not isinstance(rules, list):
             raise FpqError("rules must be a list.")
-        return cls(name=name, default=default, rules=tuple(_rule(_mapping(r, "a rule"), default) for r in rules))
+        return cls(
+            name=name,
+            default=default,
+            rules=tuple(_rule(_mapping(r, "a rule"), default) for r in rules),
+            sequential=sequential,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the recipe to plain data: everything that defines it, defaults included.
@@ -197,7 +277,7 @@ class Recipe:
             }
             for r in self.rules
         ]
-        return {"name": self.name, **_plain(self.default), "rules": rules}
+        return {"name": self.name, **_plain(self.default), "sequential": self.sequential, "rules": rules}
 
     def with_rule(self, match: str, **options: Any) -> "Recipe":
         """Adds a rule after the others.
@@ -328,7 +408,7 @@ def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
 
 def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
     """``base`` with the YAML's keys applied."""
-    _check_keys(options, ("weight", *_ACTIVATION, "method", "damping", "lorc"), "")
+    _check_keys(options, ("weight", *_ACTIVATION, *_PLAIN, "lorc"), "")
     weight = _mapping(options.pop("weight", None) or {}, "weight")
     _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name not in _ACTIVATION), "weight: ")
     weight |= {key: options.pop(key) for key in _ACTIVATION if key in options}
@@ -344,10 +424,14 @@ def _plain(recipe: LinearRecipe) -> dict[str, Any]:
     return {
         **{key: weight.pop(key) for key in _ACTIVATION},
         "weight": weight,
-        "method": recipe.method,
-        "damping": recipe.damping,
+        **{key: getattr(recipe, key) for key in _PLAIN},
         "lorc": recipe.lorc and dataclasses.asdict(recipe.lorc),
     }
+
+
+def _check_count(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise FpqError(f"{what} is {value!r}; it must be a number, 0 or more.")
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:

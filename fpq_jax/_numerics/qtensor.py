@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.formats import E4M3, decode, encode, pack, unpack
-from fpq_jax._numerics.scales import Scale, group_scale, power_of_two, row_reference
+from fpq_jax._numerics.scales import Scale, of_inputs, power_of_two, weight_scales
 from fpq_jax._numerics.spec import QuantSpec
 
 Kind = Literal["stack", "in", "out"]
@@ -220,14 +220,10 @@ def quantize_array(w: Float[Array, "in out"], spec: QuantSpec) -> QTensor:
         ((64, 32), dtype('uint8'), (32, 2))
     """
     w = w.astype(jnp.float32)
-    in_features, out_features = w.shape
-    reference = row_reference(w, spec)
-    groups, length = spec.num_groups(in_features), spec.group_length(in_features)
-    grouped = jnp.pad(w, ((0, groups * length - in_features), (0, 0))).reshape(groups, length, out_features)
-    real = jnp.asarray(np.arange(groups * length) < in_features, jnp.float32).reshape(groups, length)
-    scales = jax.vmap(lambda g, weight: group_scale(g, reference, weight, spec, in_features))(grouped, real)
-    codes = encode(jax.tree.map(lambda m: m[:, None, :], scales).divided(grouped, spec.format), spec.format)
-    return assemble(codes.reshape(groups * length, out_features)[:in_features], scales, reference, spec)
+    in_features = len(w)
+    scales, reference = weight_scales(w, jnp.ones(in_features), spec)
+    codes = encode(of_inputs(scales, spec, in_features).divided(w, spec.format), spec.format)
+    return assemble(codes, scales, reference, spec)
 
 
 def assemble(codes: Shaped[Array, "in out"], scales: Scale, reference: Scale, spec: QuantSpec) -> QTensor:

@@ -80,8 +80,8 @@ def row_reference(w: Float[Array, "in out"], spec: QuantSpec) -> Scale:
         return free
     largest = free.scale
     if spec.constraint == "m1":
-        largest = power_of_two(_ceil_log2_ratio(largest, jnp.ones_like(largest)))
-    return free._replace(scale=jnp.maximum(largest * 2.0 ** -_top(spec, in_features), _SMALLEST_REFERENCE))
+        largest = power_of_two(ceil_log2_ratio(largest, jnp.ones_like(largest)))
+    return free._replace(scale=jnp.maximum(largest * 2.0 ** -top_exponent(spec, in_features), _SMALLEST_REFERENCE))
 
 
 def _over_rows(values: Float[Array, " out"], reduce: Any, rows: int) -> Float[Array, " out"]:
@@ -114,8 +114,8 @@ def group_scale(
     free = range_scale(low, high, spec.format)
     if spec.constraint is None:
         return free._replace(exponent=no_exponent)
-    smallest, largest = _window(spec, in_features)
-    up = jnp.clip(_ceil_log2_ratio(free.scale, reference.scale), smallest, largest)
+    smallest, largest = exponent_window(spec, in_features)
+    up = jnp.clip(ceil_log2_ratio(free.scale, reference.scale), smallest, largest)
     if spec.exponent_rounding == "nearest":
         exponent = jnp.clip(_nearest_log2_ratio(free.scale, reference.scale), smallest, largest)
     elif spec.exponent_rounding == "search":
@@ -123,18 +123,45 @@ def group_scale(
     else:
         exponent = up
     # an all-zero group has no scale of its own: it takes its row's largest
-    exponent = jnp.where((low == 0) & (high == 0), _top(spec, in_features), exponent)
+    exponent = jnp.where((low == 0) & (high == 0), top_exponent(spec, in_features), exponent)
     return Scale(reference.scale * power_of_two(exponent), free.zero, exponent.astype(jnp.int8))
 
 
-def _window(spec: QuantSpec, in_features: int) -> tuple[int, int]:
+def weight_scales(w: Float[Array, "in out"], importance: Float[Array, " in"], spec: QuantSpec) -> tuple[Scale, Scale]:
+    """(scale of each group [groups, out], reference of each row) of a weight as it is. ``importance``: of each input,
+    positive."""
+    reference = row_reference(w, spec)
+    of_group = lambda g, weight: group_scale(g, reference, weight, spec, w.shape[0])
+    return jax.vmap(of_group)(*grouped(w, importance, spec)), reference
+
+
+def grouped(
+    w: Float[Array, "in out"], importance: Float[Array, " in"], spec: QuantSpec
+) -> tuple[Float[Array, "groups g out"], Float[Array, "groups g"]]:
+    """A weight by groups, and the importance of each input; the last group is filled up with zeros."""
+    groups, length = spec.num_groups(len(w)), spec.group_length(len(w))
+    padding = groups * length - len(w)
+    return (
+        jnp.pad(w, ((0, padding), (0, 0))).reshape(groups, length, -1),
+        jnp.pad(importance, (0, padding)).reshape(groups, length),
+    )
+
+
+def of_inputs(scales: Scale, spec: QuantSpec, in_features: int) -> Scale:
+    """Scales [groups, out] as those of each input, [in, out]."""
+    if len(scales.scale) == 1:
+        return jax.tree.map(lambda m: jnp.broadcast_to(m, (in_features, m.shape[1])), scales)
+    return jax.tree.map(lambda m: jnp.repeat(m, spec.group_length(in_features), axis=0)[:in_features], scales)
+
+
+def exponent_window(spec: QuantSpec, in_features: int) -> tuple[int, int]:
     """Allowed exponents. A row of one group has none to store, so only float32's range limits it."""
     return spec.format.exact_shifts if spec.num_groups(in_features) > 1 else (-24, 24)
 
 
-def _top(spec: QuantSpec, in_features: int) -> int:
+def top_exponent(spec: QuantSpec, in_features: int) -> int:
     """Exponent of the row's Smax, below the window's end so that a group can still grow."""
-    return _window(spec, in_features)[1] - _HEADROOM if spec.num_groups(in_features) > 1 else 0
+    return exponent_window(spec, in_features)[1] - _HEADROOM if spec.num_groups(in_features) > 1 else 0
 
 
 def _search(
@@ -173,7 +200,7 @@ def _frexp(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array, "...
     return jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32), (bits >> 23) - 127
 
 
-def _ceil_log2_ratio(s: Float[Array, "..."], r: Float[Array, "..."]) -> Int[Array, "..."]:
+def ceil_log2_ratio(s: Float[Array, "..."], r: Float[Array, "..."]) -> Int[Array, "..."]:
     """ceil(log2(s / r)), exact: no division is rounded."""
     (ms, es), (mr, er) = _frexp(s), _frexp(r)
     return es - er + (ms > mr)

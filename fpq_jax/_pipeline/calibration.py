@@ -21,7 +21,7 @@ from fpq_jax._numerics.qtensor import Axes
 from fpq_jax._pipeline.batches import Batches
 from fpq_jax._support.placement import BATCH, abstract, prefetch_to_devices, to_devices
 from fpq_jax._support.trees import Flat
-from fpq_jax._transform.accumulate import abstract_accumulate, record_stats
+from fpq_jax._transform.accumulate import abstract_accumulate, record_stats, shared_inputs
 from fpq_jax._transform.recorder import RecordedKernel, Recorder
 from fpq_jax.models.parameters import params_of, with_params
 from fpq_jax.models.spec import ModelSpec
@@ -63,6 +63,14 @@ def calibrate(
         mesh=batches.mesh,
         reference=other,
     )
+
+
+def stages(model_spec: ModelSpec, recipes: dict[str, LinearRecipe]) -> list[dict[str, LinearRecipe]]:
+    """The kernels of a layer by their inputs, in the order in which the layer comes to them."""
+    params = params_of(model_spec.layer())
+    recorder, arrays = _recorder(model_spec, params, recorded_kernels(recipes, params))
+    batch = model_spec.hidden((1, 2)), jax.ShapeDtypeStruct((1,), bool)
+    return [{path: recipes[path] for path in paths} for paths in shared_inputs(recorder, arrays, batch)]
 
 
 def abstract_calibrate(

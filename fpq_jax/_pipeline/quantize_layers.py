@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
+from fpq_jax._algorithms.quantize_linears import Done, LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
-from fpq_jax._pipeline.calibration import Kernels, Stream, calibrate, recorded_kernels
+from fpq_jax._pipeline.calibration import Kernels, Stream, calibrate, recorded_kernels, stages
 from fpq_jax._pipeline.layerwise import embed, forward
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.prefetch import prefetch
@@ -96,6 +96,8 @@ def quantize_checkpoint(
     reading = prefetch(read, [name for name in missing if name != EMBEDDING])
     params = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
     hidden = embed(model_spec, params, batches)
+    # what the unquantized model has in its place
+    reference = list(hidden) if recipe.propagates else None
     if EMBEDDING in missing:
         yield Part(EMBEDDING, params)
     del params
@@ -105,6 +107,8 @@ def quantize_checkpoint(
         if name in finished:
             if not last:
                 forward(with_params(layer, below(finished[name](), f"{name}.")), hidden, mesh)
+                if reference is not None:
+                    forward(with_params(layer, replicate(below(read(name)[0], f"{name}."), mesh)), reference, mesh)
             continue
         weights, seconds["read"] = next(reading)
         weights = below(weights, f"{name}.")
@@ -112,20 +116,27 @@ def quantize_checkpoint(
         chosen = {path: what[linear] for path, linear in linear_names.items()}
         recipes = {path: r for path, r in chosen.items() if r is not None}
         weights = replicate(weights, mesh)
-        with seconds.timed("hessians"):
-            stream = Stream(weights, hidden)
-            stats = _calibrated(model_spec, stream, recipes, batches, first_layer if i == 0 else None)
-            del stream
-
-        done = quantize_linears(weights, recipes, linear_names, stats, mesh, seed, seconds.add)
-        del stats
+        done: Done = {}
+        for part in stages(model_spec, recipes) if recipe.sequential else [recipes]:
+            with seconds.timed("hessians"):
+                stream = Stream(weights | replicate({path: q for path, (q, _) in done.items()}, mesh), hidden)
+                other = None if reference is None else Stream(weights, reference)
+                stats = _calibrated(
+                    model_spec, stream, part, batches, first_layer if i == 0 and not recipe.sequential else None, other
+                )
+                del stream, other
+            done |= quantize_linears(weights, part, linear_names, stats, mesh, seed, seconds.add)
+            del stats
+        done = {path: done[path] for path in recipes}
         # written as they are sharded: each process its own part
         sharded = weights | {path: q for path, (q, _) in done.items()}
-        del weights
         whole = replicate(sharded, mesh)
         with seconds.timed("forward"):
             if not last:
                 forward(with_params(layer, whole), hidden, mesh)
+                if reference is not None:
+                    forward(with_params(layer, weights), reference, mesh)
+        del weights
         part = {f"{name}.{path}": leaf for path, leaf in sharded.items()}
         del whole, sharded
         results = [result for _, result in done.values()]
@@ -143,10 +154,11 @@ def _calibrated(
     recipes: dict[str, LinearRecipe],
     batches: Batches,
     kept: dict[Kernels, CalibrationStats] | None,
+    reference: Stream | None,
 ) -> CalibrationStats:
     kernels = recorded_kernels(recipes, stream.params)
     if kept is None:
-        return jax.block_until_ready(calibrate(model_spec, stream, kernels, batches))
+        return jax.block_until_ready(calibrate(model_spec, stream, kernels, batches, reference=reference))
     if kernels not in kept:
         kept[kernels] = jax.device_get(calibrate(model_spec, stream, kernels, batches))
     return replicate(kept[kernels], batches.mesh)

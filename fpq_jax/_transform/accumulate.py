@@ -78,6 +78,20 @@ def abstract_accumulate(
     return program, list(_by_input(plain, new, arrays)), size
 
 
+def shared_inputs(recorder: Recorder, arrays: list[Any], args: tuple[Any, ...]) -> list[SharedInput]:
+    """The kernels that share each input, in the order in which the function comes to them. ``arrays``, ``args``: shapes
+    are enough. Static scales are left out."""
+    plain, met = recorder.plain, list[str]()
+
+    def traced(arrays: list[Any], args: tuple[Any, ...]) -> Records:
+        found = _new(plain, None, arrays, {}, args, [], ())
+        met.extend(ref.path for refs in found for ref in refs)  # here, since JAX sorts a dict's keys
+        return found
+
+    found = _by_input(plain, jax.eval_shape(traced, arrays, args), arrays)
+    return sorted(found, key=lambda paths: min(met.index(path) for path in paths))
+
+
 def _new(
     recorder: Recorder,
     reference: Recorder | None,

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from fpq_jax._algorithms.recipe import Recipe
+from fpq_jax._algorithms.statistics import SharedInput
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._support.trees import ByIdentity, jit, named_leaves
-from fpq_jax._transform.hessians import Mask, collect_named
+from fpq_jax._transform.hessians import Mask, collect_named, stages_named
 from fpq_jax._transform.params import TreeReport, quantize_named
 from fpq_jax._transform.quantized import quantized
 
@@ -25,6 +26,8 @@ def quantize_blocks(
     """Quantizes a model block after block, each calibrated on the outputs of the quantized blocks before it.
 
     Between blocks the hidden states are on the host. Blocks of one function and of parameters alike are compiled once.
+    A recipe that is sequential calibrates each stage of a block, which is the kernels that share an input, behind the
+    quantized stages before it; with error_propagation the unquantized model runs beside it.
 
     Args:
         blocks: (function, params) of each block, called as ``function(params, *batch)``. The result is the first
@@ -39,7 +42,8 @@ def quantize_blocks(
         block is done.
 
     Raises:
-        FpqError: as in ``collect_hessians`` and ``quantize_params``, or the recipe leaves every parameter as it is.
+        FpqError: as in ``collect_hessians`` and ``quantize_params``, or the recipe leaves every parameter as it is, or
+            has error_propagation for a kernel that is a stack or is used more than once.
 
     Example:
         >>> block = lambda params, x: x + jnp.tanh(x @ params["kernel"])
@@ -58,12 +62,27 @@ def quantize_blocks(
     inputs = [batch if type(batch) is tuple else (batch,) for batch in batches]
     quantized_any = any(map(is_quantized, jax.tree.leaves([p for _, p in blocks], is_leaf=is_quantized)))
     following = {ByIdentity(function): jit(quantized(function)) for function, _ in blocks}
+    unquantized = {ByIdentity(function): jit(function) for function, _ in blocks} if recipe.propagates else {}
+    reference = list(inputs) if recipe.propagates else None
     for i, (function, params) in enumerate(blocks):
         own, prefix = recipe.about(names[i]), f"{i}."
-        found = collect_named(function, params, inputs, own, mask=mask, prefix=prefix, lenient=True)
-        done, report = quantize_named(params, own, found, found.uses, seed, prefix, lenient=True)
+        stages: Sequence[SharedInput | None] = [None]
+        if recipe.sequential and inputs:
+            stages = stages_named(function, params, inputs[0], own, prefix) or [None]
+        done, reports = params, []
+        for stage in stages:
+            other = None if reference is None or stage is None else (params, reference)
+            found = collect_named(
+                function, done, inputs, own, only=stage, mask=mask, prefix=prefix, lenient=True, reference=other
+            )
+            done, report = quantize_named(done, own, found, found.uses, seed, prefix, lenient=True)
+            reports.append(report)
+        report = TreeReport(tuple(result for one in reports for result in one.results), reports[-1].left)
         if i + 1 < len(blocks):
-            inputs = [(jax.device_get(following[ByIdentity(function)](done, *args)), *args[1:]) for args in inputs]
+            key = ByIdentity(function)
+            inputs = [(jax.device_get(following[key](done, *args)), *args[1:]) for args in inputs]
+            if reference is not None:
+                reference = [(jax.device_get(unquantized[key](params, *args)), *args[1:]) for args in reference]
         quantized_any |= bool(report.results)
         yield done, report
     if not quantized_any:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpq_jax._algorithms.recipe import Recipe
-from fpq_jax._algorithms.statistics import CalibrationStats
+from fpq_jax._algorithms.statistics import CalibrationStats, SharedInput
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._support.trees import is_array, named_leaves
-from fpq_jax._transform.accumulate import record_stats
+from fpq_jax._transform.accumulate import record_stats, shared_inputs
 from fpq_jax._transform.find_kernels import find_kernels
 from fpq_jax._transform.recorder import Mask, RecordedKernel, Recorder
 from fpq_jax._transform.selection import ParamUse, select
@@ -51,6 +51,11 @@ class Hessians(Mapping[str, Any]):
     stats: CalibrationStats
     uses: dict[str, ParamUse]
     complete: bool
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is known what the unquantized model sees in the place of each input."""
+        return all(one.cross is not None for one in self.stats.inputs.values())
 
     def __getitem__(self, path: str) -> Any:
         for paths, one in self.stats.inputs.items():
@@ -96,7 +101,7 @@ def collect_hessians(
 
     Raises:
         FpqError: a Hessian is zero or not finite, inputs do not fit the mask, there are no batches, or the recipe does
-            not fit the parameters.
+            not fit the parameters, or is sequential (see ``quantize_blocks``).
 
     Example:
         >>> def apply(params, x):
@@ -110,6 +115,11 @@ def collect_hessians(
         >>> {path: hessian.shape for path, hessian in sorted(hessians.items())}
         {'down.kernel': (32, 32), 'up.kernel': (16, 16)}
     """
+    if recipe.sequential:
+        raise FpqError(
+            f"Recipe {recipe.name} is sequential, and all Hessians at once are not; use quantize_blocks, or a recipe "
+            "without sequential and error_propagation."
+        )
     return collect_named(apply_fn, params, batches, recipe, only=only, mask=mask)
 
 
@@ -119,20 +129,24 @@ def collect_named(
     batches: Iterable[Any],
     recipe: Recipe,
     *,
-    only: str | None = None,
+    only: str | SharedInput | None = None,
     mask: Mask | None = None,
     prefix: str = "",
     lenient: bool = False,
+    reference: tuple[Any, Iterable[Any]] | None = None,
 ) -> Hessians:
     """``collect_hessians`` for a recipe that knows the paths with ``prefix`` in front. ``lenient``: it may be about
-    none of them."""
+    none of them. ``only``: a pattern, or the paths. ``reference``: unquantized parameters and their own batches, to be
+    compared with (see ``InputStats.cross``)."""
     given = (_arguments(batch) for batch in batches)
     if (first := next(given, None)) is None:
         raise FpqError("There are no batches to calibrate on.")
     uses = find_kernels(apply_fn, params, *first)
     leaves, _ = named_leaves(params, is_quantized)
     chosen = select(recipe, dict(leaves), uses, prefix, lenient).chosen
-    if only is not None and not (chosen := {path: chosen[path] for path in fnmatch.filter(chosen, only)}):
+    if isinstance(only, tuple):
+        chosen = {path: chosen[path] for path in only}
+    elif only is not None and not (chosen := {path: chosen[path] for path in fnmatch.filter(chosen, only)}):
         raise FpqError(f"only={only!r} fits no kernel that the recipe quantizes.")
     if lenient and not chosen:
         return Hessians(CalibrationStats({}, {}), uses, True)
@@ -143,7 +157,11 @@ def collect_named(
     every: Iterable[tuple[Any, ...]] = itertools.chain([first], given)
     if any(kernel.activation_scale == "static" for kernel in kernels.values()):
         every = list(every)
-    stats = record_stats(recorder, arrays, every, static_batches=lambda: every)
+    other = None
+    if reference is not None:
+        own, theirs = Recorder.of(apply_fn, reference[0], kernels, mask)
+        other = own, theirs, map(_arguments, reference[1])
+    stats = record_stats(recorder, arrays, every, static_batches=lambda: every, reference=other)
     result = Hessians(stats, uses, only is None)
     for path, one in chosen.items():
         if path not in result:
@@ -151,6 +169,18 @@ def collect_named(
         if one.recipe.method == "gptq":
             check_seen(prefix + path, result[path])
     return result
+
+
+def stages_named(
+    apply_fn: Callable[..., Any], params: Any, batch: Any, recipe: Recipe, prefix: str
+) -> list[SharedInput]:
+    """The kernels that ``collect_named`` would choose, by their inputs, in the order in which the function comes to
+    them."""
+    args = _arguments(batch)
+    leaves, _ = named_leaves(params, is_quantized)
+    chosen = select(recipe, dict(leaves), find_kernels(apply_fn, params, *args), prefix, True).chosen
+    kernels = {path: RecordedKernel.of(one.axes, one.recipe.spec) for path, one in chosen.items()}
+    return shared_inputs(*Recorder.of(apply_fn, params, kernels), args)
 
 
 def check_seen(path: str, matrix: Any) -> None:

@@ -167,8 +167,8 @@ class TraceScope:
         self._merge.into(self._records, refs, value)
 
     def records(self) -> dict[SharedRefs, Any]:
-        """All of them."""
-        while self._sites:
-            refs, value = self._sites.pop()
+        """All of them, in the order in which the function comes to them."""
+        sites, self._sites = self._sites, []
+        for refs, value in sites:
             self.record(tuple(refs), value)
         return self._records
