@@ -13,7 +13,7 @@ from fpq_jax._pipeline.quantize_layers import linears
 from fpq_jax.models.spec import ModelSpec
 
 GIB = 2**30
-FITS = Estimate(host=3 * GIB, resident=GIB, per_window=GIB // 64, device=GIB, disk=GIB, windows=64,
+FITS = Estimate(host=3 * GIB, resident=GIB, per_window=GIB // 64, device=GIB, disk=GIB, windows=64, streams=1,
                 evaluated=30, free_host=8 * GIB, free_device=8 * GIB, free_disk=8 * GIB)  # fmt: skip
 
 
@@ -34,6 +34,11 @@ def test_what_fits_is_told_and_not_refused():
     ("changes", "smallest", "said"),
     [
         ({"free_host": GIB + GIB // 2}, {}, "--num-samples 23 --max-windows 23 would fit"),
+        (
+            {"free_host": GIB + GIB // 2, "streams": 2, "host": 4 * GIB},
+            {},
+            "free; --num-samples 11 --max-windows 23 would fit",
+        ),
         ({"free_host": GIB // 2}, {}, "--batch-tokens 64 would fit"),
         ({"free_host": GIB // 2}, {"free_host": GIB // 2}, "use a shorter --seq-len, or more memory"),
         ({"free_device": GIB}, {}, "1.00 GiB of a device's memory and 1.00 GiB are free; --batch-tokens 64 would fit"),
@@ -63,6 +68,8 @@ def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_l
     assert small.device < large.device and small.disk == large.disk and small.per_window == 64 * 48 * 4
     more = of(756, batch_tokens=64)
     assert (more.host - more.resident) - (small.host - small.resident) == 500 * small.per_window
+    beside, thrice = (of(windows, batch_tokens=64, sequential=True, compared=True) for windows in (256, 756))
+    assert (thrice.host - thrice.resident) - (beside.host - beside.resident) == 2 * 500 * small.per_window
     assert of(256, written=1000).disk == large.disk - 1000
     # every Linear left as it is: nothing is captured or solved
     kernels = dict.fromkeys(kernels)

@@ -74,14 +74,15 @@ def stages(model_spec: ModelSpec, recipes: dict[str, LinearRecipe]) -> list[dict
 
 
 def abstract_calibrate(
-    model_spec: ModelSpec, recipes: dict[str, LinearRecipe], mesh: Mesh, tokens: tuple[int, int]
+    model_spec: ModelSpec, recipes: dict[str, LinearRecipe], mesh: Mesh, tokens: tuple[int, int], *, compared: bool
 ) -> tuple[Any, list[SharedInput], int]:
-    """(the lowered program of a batch of [windows, tokens], kernels that share an input, bytes of the statistics)."""
+    """(the lowered program of a batch of [windows, tokens], kernels that share an input, bytes of the statistics).
+    ``compared``: with a reference."""
     params = params_of(model_spec.layer())
     recorder, arrays = _recorder(model_spec, params, recorded_kernels(recipes, params))
     rows = abstract(model_spec.hidden(tokens), mesh, BATCH)
     real = abstract(jax.ShapeDtypeStruct(tokens[:1], bool), mesh, BATCH)
-    return abstract_accumulate(recorder, abstract(arrays, mesh, P()), (rows, real), mesh)
+    return abstract_accumulate(recorder, abstract(arrays, mesh, P()), (rows, real), mesh, compared=compared)
 
 
 def _recorder(model_spec: ModelSpec, params: Flat, kernels: Kernels) -> tuple[Recorder, list[Any]]:

@@ -18,7 +18,7 @@ from fpq_jax._algorithms.recipe import LinearRecipe
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import quantize_array
 from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
-from fpq_jax._pipeline.calibration import abstract_calibrate
+from fpq_jax._pipeline.calibration import abstract_calibrate, stages
 from fpq_jax._pipeline.layerwise import abstract_losses
 from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
@@ -34,9 +34,9 @@ _MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's o
 class Estimate:
     """Bytes. host: of the process; ``resident``: what it has already.
 
-    Of it ``per_window`` for each of ``windows`` of calibration, or of ``evaluated`` ones, if those are more. device: on
-    each one, at most. disk: of the result. free_*: what there is, None where nothing says; the host's memory is the
-    device's on a CPU, and counted there.
+    Of it ``per_window`` for each of ``windows`` of calibration, as often as there are ``streams`` of hidden states, or
+    of ``evaluated`` ones, if those are more. device: on each one, at most. disk: of the result. free_*: what there is,
+    None where nothing says; the host's memory is the device's on a CPU, and counted there.
     """
 
     host: int
@@ -45,6 +45,7 @@ class Estimate:
     device: int
     disk: int
     windows: int
+    streams: int
     evaluated: int
     free_host: int | None
     free_device: int | None
@@ -78,11 +79,12 @@ class Estimate:
             )
         if not self._fits_host:
             assert self.free_host is not None
-            alone = self.host - self.per_window * max(self.windows, self.evaluated)
+            alone = self.host - self.per_window * max(self.streams * self.windows, self.evaluated)
             fit = int((self.free_host / _MARGIN + self.resident - alone) // self.per_window)
             if fit > 0:
-                given = {"--num-samples": self.windows, "--max-windows": self.evaluated}
-                remedy = f"{' '.join(f'{flag} {fit}' for flag, n in given.items() if n > fit)} would fit"
+                given = {"--num-samples": (self.windows, self.streams), "--max-windows": (self.evaluated, 1)}
+                fewer = [f"{flag} {max(1, fit // of)}" for flag, (n, of) in given.items() if n * of > fit]
+                remedy = f"{' '.join(fewer)} would fit"
             elif smallest()._fits_host:
                 remedy = f"--batch-tokens {smallest_batch} would fit"
             else:
@@ -107,13 +109,17 @@ def estimate(
     place: Path,
     written: int = 0,
     batch_tokens: int = BATCH_TOKENS,
+    *,
+    sequential: bool = False,
+    compared: bool = False,
 ) -> Estimate:
     """Of quantizing with ``windows`` (count, tokens) and evaluating so many windows at once.
 
     ``recipes``: what is to be done to each kernel, by path; the layer with the most decides. ``written`` bytes are on
-    the disk already.
+    the disk already. ``sequential``, ``compared``: calibrated stage by stage, beside the unquantized model.
     """
     count, length = windows
+    streams = 2 if compared else 1
     config = model_spec.config
     layer = params_of(model_spec.layer())
     by_layer = [
@@ -124,13 +130,19 @@ def estimate(
     hardest = max(by_layer, key=len)
     programs: list[tuple[Any, int]] = []  # lowered ones, and the bytes of what else is on a device meanwhile
     if hardest:
-        program, sharing, statistics = abstract_calibrate(model_spec, hardest, mesh, (size, length))
         next_batch = size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
-        programs.append((program, next_batch))
-        for paths in _largest(side_by_side(hardest, sharing, layer), layer):
+        runs: list[tuple[tuple[str, ...], int]] = []  # kernels that are quantized together, bytes of all statistics
+        for stage in stages(model_spec, hardest) if sequential else [hardest]:
+            program, sharing, statistics = abstract_calibrate(
+                model_spec, stage, mesh, (size, length), compared=compared
+            )
+            programs.append((program, streams * next_batch))
+            runs += [(paths, statistics) for paths in side_by_side(stage, sharing, layer)]
+        for paths, statistics in _largest(runs, layer):
             shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
-            programs.append((program, stored_bytes(layer) + statistics - shape[0] ** 2 * 4))
+            own = shape[0] ** 2 * 4 * streams  # which are the program's arguments
+            programs.append((program, stored_bytes(layer) + statistics - own))
     outer = params_of(model_spec.without_layers())
     eval_size = batch_size(evaluated, length, mesh, batch_tokens)
     programs.append((abstract_losses(model_spec, outer, (eval_size, length), mesh), 0))
@@ -144,7 +156,7 @@ def estimate(
     # this layer and the next one, and, of one tensor, its copies as it is read
     largest = max(stored_bytes(leaf) for leaf in (layer | outer).values())
     host = 2 * layer_bytes + 3 * largest + max(quantized) + max(embedding, outer_bytes - embedding)
-    host += max(count, evaluated) * per_window // processes
+    host += max(streams * count, evaluated) * per_window // processes
     free_device = free_device_memory()
     if on_cpu():
         host += device * len(mesh.local_devices)
@@ -156,6 +168,7 @@ def estimate(
         device=device,
         disk=max(0, sum(quantized) + outer_bytes - written),
         windows=count,
+        streams=streams,
         evaluated=evaluated,
         free_host=free_host_memory(),
         free_device=free_device,
@@ -163,10 +176,10 @@ def estimate(
     )
 
 
-def _largest(runs: list[tuple[str, ...]], layer: Flat) -> list[tuple[str, ...]]:
+def _largest(runs: list[tuple[tuple[str, ...], int]], layer: Flat) -> list[tuple[tuple[str, ...], int]]:
     """Those that take most: of the most inputs, and of the most weights."""
-    inputs = lambda paths: layer[paths[0]].shape[0]
-    weights = lambda paths: sum(layer[path].size for path in paths)
+    inputs = lambda run: layer[run[0][0]].shape[0]
+    weights = lambda run: sum(layer[path].size for path in run[0])
     return list({max(runs, key=inputs), max(runs, key=weights)})
 
 

@@ -60,7 +60,9 @@ def check_estimate(job: Job, recipe: Recipe, progress: RunProgress) -> Estimate:
     def of(batch_tokens: int) -> Estimate:
         at_once = windows_at_once(evaluated, length, job.model_spec, job.mesh, batch_tokens)
         windows, written = (count, length), progress.written()
-        return estimate(job.model_spec, kernels, windows, at_once, job.mesh, progress.model, written, batch_tokens)
+        place, mesh = progress.model, job.mesh
+        behind = {"sequential": recipe.sequential, "compared": recipe.propagates}
+        return estimate(job.model_spec, kernels, windows, at_once, mesh, place, written, batch_tokens, **behind)
 
     found = of(job.options.batch_tokens)
     found.check(progress.model, lambda: of(length), length)

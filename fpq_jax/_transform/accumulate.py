@@ -65,15 +65,17 @@ def record_stats(
 
 
 def abstract_accumulate(
-    recorder: Recorder, arrays: list[Any], args: tuple[Any, ...], mesh: Mesh
+    recorder: Recorder, arrays: list[Any], args: tuple[Any, ...], mesh: Mesh, *, compared: bool = False
 ) -> tuple[Any, list[SharedInput], int]:
     """(the lowered program of a batch, kernels that share an input, the bytes of all statistics). ``arrays``, ``args``:
-    shapes, with shardings. Static scales are left out: they take next to nothing."""
+    shapes, with shardings; those of the reference too, if the inputs are ``compared`` with one. Static scales are left
+    out: they take next to nothing."""
     plain = replace(recorder, kernels=tuple((p, k._replace(activation_scale="token")) for p, k in recorder.kernels))
-    new = jax.eval_shape(partial(_new, plain, None), arrays, {}, args, [], ())
+    reference: tuple[Any, ...] = (plain, arrays, args) if compared else (None, [], ())
+    new = jax.eval_shape(partial(_new, plain, reference[0]), arrays, {}, args, *reference[1:])
     on = NamedSharding(mesh, BATCH)
     total = jax.tree.map(lambda one: jax.ShapeDtypeStruct((mesh.size, *one.shape), one.dtype, sharding=on), new)
-    program = accumulate.lower(plain, None, mesh, total, arrays, {}, args, [], ())
+    program = accumulate.lower(plain, reference[0], mesh, total, arrays, {}, args, *reference[1:])
     size = sum(one.size * one.dtype.itemsize for one in jax.tree.leaves(new))
     return program, list(_by_input(plain, new, arrays)), size
 
