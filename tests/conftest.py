@@ -36,6 +36,7 @@ _CHECKED = {
         "scale_search",
         "coordinate_descent",
         "error_propagation",
+        "fisher",
         "quantize_linears",
         "output_error",
         "statistics",
@@ -52,7 +53,7 @@ _CHECKED = {
         "blocks",
         "conversion",
     ),
-    "_pipeline": ("batches", "layerwise", "calibration", "quantize_layers", "text", "perplexity"),
+    "_pipeline": ("batches", "layerwise", "backward", "calibration", "quantize_layers", "text", "perplexity"),
 }
 install_import_hook(
     [*(f"fpq_jax.{room}.{name}" for room, names in _CHECKED.items() for name in names), "fpq_jax.models"],

@@ -31,7 +31,7 @@ for name, arguments in json.loads(sys.argv[1]):
 # model, static scales, a scale for a whole tensor, a Linear left as it is
 RECIPE = """
 {weight: {constraint: m2, group_size: 16}, lorc: {rank: 4}, sequential: true, rules: [
-  {match: "*.up_proj", order: activation, scale_search: true, sweeps: 1, error_propagation: 0.5,
+  {match: "*.up_proj", order: activation, scale_search: true, sweeps: 1, fisher: 0.2, error_propagation: 0.5,
    lorc: {rank: 4, weighted: true, rounds: 1}},
   {match: "*.down_proj", activation_scale: static},
   {match: "model.layers.1.self_attn.k_proj", quantize: false},

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._algorithms.error_propagation import propagated
+from fpq_jax._algorithms.fisher import Fisher, blended
 from fpq_jax._algorithms.gptq import gptq_with_stats
 from fpq_jax._algorithms.joint import Columns, quantize_jointly
 from fpq_jax._algorithms.lorc import lorc
@@ -69,10 +70,12 @@ def quantize_linears(
     mesh: Mesh,
     seed: int,
     timer: Timer,
+    fishers: dict[str, Fisher] | None = None,
 ) -> Done:
     """QTensor and result of each kernel in ``recipes``, in its order.
 
-    weights: by path, on every device of the mesh. QTensors' outputs are divided over the mesh where they divide evenly.
+    weights: by path, on every device of the mesh; so are the ``fishers`` of recipes that need them. QTensors' outputs
+    are divided over the mesh where they divide evenly.
     """
     quantized: dict[str, _Quantized] = {}
     seconds: dict[str, float] = {}
@@ -82,7 +85,9 @@ def quantize_linears(
         if not bool(jnp.all(jnp.isfinite(seen.hessian))):
             name = names[paths[0]]
             raise FpqError(f"The inputs of {name} overflow during calibration; use --dtype float32 or bfloat16.")
-        quantized |= _quantize_together(paths, weights, seen, recipes[paths[0]], mesh, seed)
+        quantized |= _quantize_together(
+            paths, weights, seen, recipes[paths[0]], mesh, seed, (fishers or {}).get(paths[0])
+        )
         spent = time.perf_counter() - began
         outputs = sum(weights[path].shape[1] for path in paths)
         seconds |= {path: spent * weights[path].shape[1] / outputs for path in paths}
@@ -128,7 +133,8 @@ def _may_join(path: str, other: str, weights: Flat, recipes: dict[str, LinearRec
     rows = recipe.spec.compute_rows
     return (
         recipes[other] == recipe
-        and not recipe.corrects_jointly  # a correction is of one kernel
+        and not recipe.corrects_jointly  # a correction is of one kernel, and so is the Fisher information
+        and not recipe.fisher
         and recipe.spec.group_size != "tensor"
         and all(weights[p].shape[1] % rows == 0 for p in (path, other))
     )
@@ -158,7 +164,13 @@ class _Quantized(NamedTuple):
 
 
 def _quantize_together(
-    paths: tuple[str, ...], weights: Flat, seen: InputStats, recipe: LinearRecipe, mesh: Mesh, seed: int
+    paths: tuple[str, ...],
+    weights: Flat,
+    seen: InputStats,
+    recipe: LinearRecipe,
+    mesh: Mesh,
+    seed: int,
+    fisher: Fisher | None,
 ) -> dict[str, _Quantized]:
     """Kernels that are quantized side by side, each for itself again."""
     unseen = not bool(jnp.any(jnp.diagonal(seen.hessian) > 0))
@@ -169,6 +181,7 @@ def _quantize_together(
         recipe if not unseen else LinearRecipe(spec=recipe.spec, method="round"),
         mesh,
         seed,
+        fisher,
     )
     outputs = _ByOutput(*map(np.asarray, jax.block_until_ready(found).outputs))
     if len(paths) == 1:
@@ -210,7 +223,9 @@ def abstract_quantize(shape: tuple[int, int], dtype: DTypeLike, recipe: LinearRe
     square = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32)
     cross = square if recipe.error_propagation else None
     seen = InputStats(square, jax.ShapeDtypeStruct((), jnp.int32), cross)
-    return quantize_kernel.lower(w, abstract(seen, mesh, P()), recipe, mesh, 0)
+    outputs = jax.ShapeDtypeStruct((shape[1],), jnp.float32)
+    fisher = Fisher(square, outputs, jax.ShapeDtypeStruct((), jnp.int32)) if recipe.fisher else None
+    return quantize_kernel.lower(w, *abstract((seen,), mesh, P()), recipe, mesh, 0, abstract(fisher, mesh, P()))
 
 
 def _divides(outputs: int, mesh: Mesh, spec: QuantSpec) -> bool:
@@ -229,12 +244,19 @@ def _side_by_side(weights: list[Float[Array, "in _"]], sharding: NamedSharding) 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def quantize_kernel(
-    w: Float[Array, "in out"], seen: InputStats, recipe: LinearRecipe, mesh: Mesh, seed: int | Array
+    w: Float[Array, "in out"],
+    seen: InputStats,
+    recipe: LinearRecipe,
+    mesh: Mesh,
+    seed: int | Array,
+    fisher: Fisher | None = None,
 ) -> _Quantized:
     """Quantize ``w``, its outputs divided over the mesh; statistics are on every device."""
     spec = recipe.spec
 
-    def local(w: Array, seen: InputStats, seed: Array, gather: Columns = _whole, own: Columns = _whole) -> _Quantized:
+    def local(
+        w: Array, seen: InputStats, seed: Array, fisher: Any, gather: Columns = _whole, own: Columns = _whole
+    ) -> _Quantized:
         mean = _mean(seen.hessian, seen.count)
         rounded = quantize_array(w, spec)
         if recipe.method == "round":
@@ -244,6 +266,8 @@ def quantize_kernel(
             target = w.astype(jnp.float32)
             if recipe.error_propagation:
                 target = propagated(target, metric, _mean(seen.cross, seen.count), recipe.error_propagation)
+            if recipe.fisher:
+                metric = factorize(blended(mean, fisher, recipe.fisher), recipe.damping, recipe.order)
             q, stats = quantize_jointly(target, metric, recipe, seed=seed, gather=gather, own=own), metric.stats
         else:
             q, stats = gptq_with_stats(w, mean, spec, damping=recipe.damping)
@@ -254,18 +278,18 @@ def quantize_kernel(
 
     seed = jnp.asarray(seed)
     if not _divides(w.shape[1], mesh, spec):
-        return local(w, seen, seed)
+        return local(w, seen, seed, fisher)
     columns = w.shape[1] // mesh.size
     gather = lambda m: jax.lax.all_gather(m, AXES, axis=1, tiled=True)
     own = lambda m: jax.lax.dynamic_slice_in_dim(m, jax.lax.axis_index(AXES) * columns, columns, axis=1)
 
-    def of_device(w: Array, seen: InputStats, seed: Array) -> tuple[_Quantized, LowRank | None]:
-        found = local(w, seen, seed, gather, own)
+    def of_device(w: Array, seen: InputStats, seed: Array, fisher: Any) -> tuple[_Quantized, LowRank | None]:
+        found = local(w, seen, seed, fisher, gather, own)
         return found._replace(q=replace(found.q, low_rank=None)), found.q.low_rank
 
     axes: Any = P(AXES), P(), P()
     out = _Quantized(*axes), LowRank(P(), P(None, AXES), P()) if recipe.corrects_jointly else P()
-    found, low_rank = per_device(of_device, mesh, (P(None, AXES), P(), P()), out)(w, seen, seed)
+    found, low_rank = per_device(of_device, mesh, (P(None, AXES), P(), P(), P()), out)(w, seen, seed, fisher)
     return found._replace(q=replace(found.q, shape=w.shape, low_rank=low_rank))
 
 

@@ -19,7 +19,15 @@ from fpq_jax._numerics.spec import QuantSpec
 
 DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
 _ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that stand beside "weight" in YAML
-_PLAIN = ("method", "damping", "order", "scale_search", "sweeps", "error_propagation")  # a LinearRecipe's, as they are
+_PLAIN = (
+    "method",
+    "damping",
+    "order",
+    "scale_search",
+    "sweeps",
+    "fisher",
+    "error_propagation",
+)  # a LinearRecipe's, as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,7 @@ class LinearRecipe:
         order: in which GPTQ rounds the inputs, ``"natural"`` or ``"activation"``, see ``gptq``.
         scale_search: whether scales are those of least weighted error, instead of the least that clip nothing.
         sweeps: of coordinate descent over the codes after GPTQ.
+        fisher: share, 0 to 1, of the loss's Fisher information in the Hessian, see ``fisher.py``.
         error_propagation: share, 0 to 1, of the error handed on by what is quantized before it that the weight is
             changed to make up for; needs a recipe that is ``sequential``.
         lorc: the low-rank compensation, or None.
@@ -74,6 +83,7 @@ class LinearRecipe:
     order: Order = "natural"
     scale_search: bool = False
     sweeps: int = 0
+    fisher: float = 0.0
     error_propagation: float = 0.0
     lorc: Lorc | None = None
 
@@ -87,22 +97,25 @@ class LinearRecipe:
         if not isinstance(self.scale_search, bool):
             raise FpqError(f"scale_search is {self.scale_search!r}; it must be true or false.")
         _check_count("sweeps", self.sweeps)
-        share = self.error_propagation
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise FpqError(f"error_propagation is {share!r}; it must be a number from 0 to 1.")
+        for name in ("fisher", "error_propagation"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise FpqError(f"{name} is {share!r}; it must be a number from 0 to 1.")
         if self.static_groups and self.method != "gptq":
-            raise FpqError("order, scale_search, sweeps, error_propagation and a weighted lorc are for method gptq.")
+            raise FpqError(
+                "order, scale_search, sweeps, fisher, error_propagation and a weighted lorc are for method gptq."
+            )
         if self.scale_search and self.spec.exponent_rounding != "up":
             raise FpqError(
                 f"scale_search finds the exponents; exponent_rounding {self.spec.exponent_rounding} does too."
             )
-        if share and self.lorc is not None and not self.lorc.weighted:
+        if self.error_propagation and self.lorc is not None and not self.lorc.weighted:
             raise FpqError("lorc without weighted: true would undo error_propagation.")
 
     @property
     def static_groups(self) -> bool:
         """Whether scales are known before the first input is rounded, as everything beyond plain GPTQ needs it."""
-        options = self.scale_search, self.sweeps, self.error_propagation, self.corrects_jointly
+        options = self.scale_search, self.sweeps, self.fisher, self.error_propagation, self.corrects_jointly
         return self.order != "natural" or any(options)
 
     @property
@@ -150,6 +163,7 @@ class Recipe:
     - ``lorc``: a mapping of ``rank`` (``auto`` is the paper's for the model's size), ``dtype``, ``weighted`` (the error
       of the outputs is what is least, not that of the weights) and ``rounds`` (how often, after the first time, codes
       and correction are found in turn).
+    - ``fisher``: the share, 0 to 1, of the loss's Fisher information in the Hessian that all of these go by.
     - ``sequential``: see below. ``error_propagation``: the share, 0 to 1, of the error handed on by what is quantized
       before it that each weight makes up for; it needs ``sequential``.
     - ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
@@ -186,8 +200,16 @@ class Recipe:
     @property
     def propagates(self) -> bool:
         """Whether any weight makes up for errors of others."""
-        every = (self.default, *(rule.change for rule in self.rules))
-        return any(one is not None and one.error_propagation > 0 for one in every)
+        return any(one.error_propagation > 0 for one in self._every)
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the Fisher information of the loss is taken for any weight."""
+        return any(one.fisher > 0 for one in self._every)
+
+    @property
+    def _every(self) -> list[LinearRecipe]:
+        return [self.default, *(rule.change for rule in self.rules if rule.change is not None)]
 
     @classmethod
     def load(cls, name: str | Path) -> "Recipe":

@@ -8,6 +8,7 @@ Beside the output to be, OUT.unfinished holds
                     else was measured
     model/          the result as it grows; it becomes OUT by one rename
     programs/       what XLA compiled: compiled again, a GPU's programs may round otherwise
+    fisher/         the Fisher information of each layer's kernels, where the recipe needs it
 
 A record is written when its part is on the disk. When a run starts again, a part without a record, or whose files or
 record are not as they were written, is made again.
@@ -28,6 +29,7 @@ from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.trees import Flat, stored_bytes
 
 _LOCK, _JOB, _PROGRESS, _MODEL, _PROGRAMS = "fpq.lock", "job.json", "progress", "model", "programs"
+_FISHER = "fisher"
 SUFFIX = ".unfinished"
 _METADATA = 64 * 2**10  # bytes that a part takes beside its arrays
 
@@ -110,6 +112,11 @@ class RunProgress:
     def programs(self) -> Path:
         """For ``kept_programs``."""
         return self.folder / _PROGRAMS
+
+    @property
+    def fisher(self) -> Path:
+        """For ``measure_fishers``."""
+        return self.folder / _FISHER
 
     @property
     def _progress(self) -> Path:

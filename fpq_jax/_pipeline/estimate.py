@@ -83,8 +83,8 @@ class Estimate:
             fit = int((self.free_host / _MARGIN + self.resident - alone) // self.per_window)
             if fit > 0:
                 given = {"--num-samples": (self.windows, self.streams), "--max-windows": (self.evaluated, 1)}
-                fewer = [f"{flag} {max(1, fit // of)}" for flag, (n, of) in given.items() if n * of > fit]
-                remedy = f"{' '.join(fewer)} would fit"
+                flags = [f"{flag} {max(1, fit // of)}" for flag, (n, of) in given.items() if n * of > fit]
+                remedy = f"{' '.join(flags)} would fit"
             elif smallest()._fits_host:
                 remedy = f"--batch-tokens {smallest_batch} would fit"
             else:

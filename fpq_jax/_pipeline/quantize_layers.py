@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
+from fpq_jax._algorithms.fisher import Fisher
 from fpq_jax._algorithms.quantize_linears import Done, LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats
@@ -72,13 +73,15 @@ def quantize_checkpoint(
     batch_tokens: int = BATCH_TOKENS,
     finished: Mapping[str, Callable[[], Flat]] | None = None,
     first_layer: dict[Kernels, CalibrationStats] | None = None,
+    fishers: Callable[[int], dict[str, Fisher]] | None = None,
 ) -> Iterator[Part]:
     """Quantize part after part; each is yielded as soon as it is there.
 
     batch_tokens: of a calibration batch, on each device. finished: parts that are there already, and how each is read,
     onto the whole mesh; they are not yielded, and those behind them become what they would have. ``first_layer`` keeps
     what calibration saw in the first layer, for further recipes on the same windows: it depends on nothing quantized,
-    only on the activations' formats. Deeper layers' Hessians are each recipe's own.
+    only on the activations' formats. Deeper layers' Hessians are each recipe's own. ``fishers`` gives those of a
+    layer's kernels, for a recipe that needs them.
     """
     finished = finished or {}
     config, model_class = checkpoint.model_config, checkpoint.model_class
@@ -116,6 +119,7 @@ def quantize_checkpoint(
         chosen = {path: what[linear] for path, linear in linear_names.items()}
         recipes = {path: r for path, r in chosen.items() if r is not None}
         weights = replicate(weights, mesh)
+        of_layer = None if fishers is None else replicate(fishers(i), mesh)
         done: Done = {}
         for part in stages(model_spec, recipes) if recipe.sequential else [recipes]:
             with seconds.timed("hessians"):
@@ -125,9 +129,10 @@ def quantize_checkpoint(
                     model_spec, stream, part, batches, first_layer if i == 0 and not recipe.sequential else None, other
                 )
                 del stream, other
-            done |= quantize_linears(weights, part, linear_names, stats, mesh, seed, seconds.add)
+            done |= quantize_linears(weights, part, linear_names, stats, mesh, seed, seconds.add, of_layer)
             del stats
         done = {path: done[path] for path in recipes}
+        del of_layer
         # written as they are sharded: each process its own part
         sharded = weights | {path: q for path, (q, _) in done.items()}
         whole = replicate(sharded, mesh)

@@ -23,6 +23,7 @@ from fpq_jax._checkpoints.run_progress import RunProgress
 from fpq_jax._pipeline.batches import windows_at_once
 from fpq_jax._pipeline.estimate import Estimate, estimate
 from fpq_jax._pipeline.evaluation import Reader, perplexities
+from fpq_jax._pipeline.fisher_pass import measure_fishers, read_fisher
 from fpq_jax._pipeline.job import Job
 from fpq_jax._pipeline.perplexity import Perplexity
 from fpq_jax._pipeline.quantize_layers import linears, quantize_checkpoint
@@ -125,6 +126,7 @@ def quantize_parts(job: Job, recipe: Recipe, progress: RunProgress, *, rows: boo
             batch_tokens=job.options.batch_tokens,
             finished={name: partial(progress.read, name, replicated(job.mesh)) for name in finished},
             first_layer=job.first_layer,
+            fishers=partial(read_fisher, progress.fisher) if recipe.needs_fisher else None,
         ):
             for result in part.results if rows else ():
                 console.print(row_text(result), markup=False)
@@ -161,6 +163,7 @@ def run_recipe(
     known. rows: whether a line for each Linear is printed.
     """
     original = original or measure_original(job, progress)
+    measure_fishers(job, recipe, progress)
     results = quantize_parts(job, recipe, progress, rows=rows)
     quantized = measure_quantized(job, progress)
     report = make_report(job, recipe, progress, results, original, quantized, time.perf_counter() - began)

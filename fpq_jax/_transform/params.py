@@ -199,6 +199,11 @@ def _check(path: str, leaf: Any, one: Chosen, hessians: Mapping[str, Any] | None
         raise FpqError(f"The Hessian of {name} has shape {shape}; it must be {wanted}.")
     if one.recipe.method == "gptq":
         check_seen(name, hessians[path])
+    if one.recipe.fisher:
+        raise FpqError(
+            f"{name} has fisher, which is of a whole model's loss; python -m fpq_jax.quantize knows it, for the "
+            "models that it reads."
+        )
     if one.recipe.error_propagation and not (isinstance(hessians, Hessians) and hessians.compared):
         raise FpqError(
             f"{name} has error_propagation, which needs the unquantized model beside it; use quantize_blocks."
