@@ -71,6 +71,12 @@ def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_l
     beside, thrice = (of(windows, batch_tokens=64, sequential=True, compared=True) for windows in (256, 756))
     assert (thrice.host - thrice.resident) - (beside.host - beside.resident) == 2 * 500 * small.per_window
     assert of(256, written=1000).disk == large.disk - 1000
+    # gradients: what the layers are given, and the Fisher information, are on the disk until the result is there
+    kernels = {path: replace(recipe, fisher=0.2, lorc=None) for path, recipe in kernels.items()}
+    plain = {path: replace(recipe, fisher=0.0) for path, recipe in kernels.items()}
+    more = of(256).disk
+    kernels, factors = plain, 2 * 4 * (6 * 48**2 + 80**2)
+    assert more - of(256).disk == 2 * 64 * (64 * 48 * 4) + factors
     # every Linear left as it is: nothing is captured or solved
     kernels = dict.fromkeys(kernels)
     assert of(256).disk > large.disk

@@ -200,14 +200,13 @@ class Recipe:
     @property
     def propagates(self) -> bool:
         """Whether any weight makes up for errors of others."""
-        return any(one.error_propagation > 0 for one in self._every)
+        return any(one.error_propagation > 0 for one in self._every())
 
     @property
     def needs_fisher(self) -> bool:
         """Whether the Fisher information of the loss is taken for any weight."""
-        return any(one.fisher > 0 for one in self._every)
+        return any(one.fisher > 0 for one in self._every())
 
-    @property
     def _every(self) -> list[LinearRecipe]:
         return [self.default, *(rule.change for rule in self.rules if rule.change is not None)]
 

@@ -20,12 +20,19 @@ from jaxtyping import Array, Bool, Float, Int
 from fpq_jax._algorithms.fisher import Fisher, fisher_of
 from fpq_jax._pipeline.batches import Batches
 from fpq_jax._pipeline.layerwise import embed, forward
-from fpq_jax._support.placement import BATCH, per_device, prefetch_to_devices, to_devices, to_host
+from fpq_jax._support.placement import BATCH, abstract, per_device, prefetch_to_devices, to_devices, to_host
 from fpq_jax._support.trees import Flat
-from fpq_jax.models.parameters import EMBEDDING, HEAD, with_params
+from fpq_jax.models.parameters import EMBEDDING, HEAD, params_of, with_params
 from fpq_jax.models.spec import ModelSpec
 
 Reader = Callable[[str], Flat]  # the parameters of a part on every device, those of a layer without its name
+
+_SHARE, _LEAST = 0.25, 32  # of the calibration windows
+
+
+def fisher_windows(calibrated: int) -> int:
+    """How many of the calibration windows go back: one costs about five times what it costs to calibrate on it."""
+    return min(calibrated, max(_LEAST, int(calibrated * _SHARE)))
 
 
 def layer_fishers(
@@ -74,6 +81,17 @@ def layer_fishers(
         yield i, _added_up(total, mesh)
         file(i).unlink()
         advance()
+
+
+def abstract_backward(model_spec: ModelSpec, kernels: Sequence[str], mesh: Mesh, tokens: tuple[int, int]) -> Any:
+    """The lowered program of a batch of [windows, tokens] through a layer."""
+    params = abstract(params_of(model_spec.layer()), mesh, P())
+    chosen = {path: params[path] for path in kernels}
+    others = {path: leaf for path, leaf in params.items() if path not in chosen}
+    rows = abstract(model_spec.hidden(tokens), mesh, BATCH)
+    real = abstract(jax.ShapeDtypeStruct(tokens[:1], bool), mesh, BATCH)
+    total = abstract(jax.eval_shape(partial(_zeros, chosen, mesh)), mesh, BATCH)
+    return _backward.lower(model_spec, mesh, total, chosen, others, rows, rows, real)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

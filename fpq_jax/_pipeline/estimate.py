@@ -17,6 +17,7 @@ from fpq_jax._algorithms.quantize_linears import abstract_quantize, side_by_side
 from fpq_jax._algorithms.recipe import LinearRecipe
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import quantize_array
+from fpq_jax._pipeline.backward import abstract_backward, fisher_windows
 from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
 from fpq_jax._pipeline.calibration import abstract_calibrate, stages
 from fpq_jax._pipeline.layerwise import abstract_losses
@@ -35,8 +36,9 @@ class Estimate:
     """Bytes. host: of the process; ``resident``: what it has already.
 
     Of it ``per_window`` for each of ``windows`` of calibration, as often as there are ``streams`` of hidden states, or
-    of ``evaluated`` ones, if those are more. device: on each one, at most. disk: of the result. free_*: what there is,
-    None where nothing says; the host's memory is the device's on a CPU, and counted there.
+    of ``evaluated`` ones, if those are more. device: on each one, at most. disk: of the result, and of what is kept
+    until it is there. free_*: what there is, None where nothing says; the host's memory is the device's on a CPU, and
+    counted there.
     """
 
     host: int
@@ -143,6 +145,15 @@ def estimate(
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
             own = shape[0] ** 2 * 4 * streams  # which are the program's arguments
             programs.append((program, stored_bytes(layer) + statistics - own))
+    kept = 0  # bytes on the disk while the run lasts
+    if any(recipe.fisher for chosen in by_layer for recipe in chosen.values()):
+        measured = fisher_windows(count)
+        rows = batch_size(measured, length, mesh, batch_tokens)
+        going_back = [path for path, recipe in hardest.items() if recipe.fisher]
+        programs.append((abstract_backward(model_spec, going_back, mesh, (rows, length)), 0))
+        kept = measured * length * config.hidden_size * model_spec.dtype.itemsize * config.num_hidden_layers
+        for chosen in by_layer:
+            kept += sum(4 * layer[path].shape[0] ** 2 for path, recipe in chosen.items() if recipe.fisher)
     outer = params_of(model_spec.without_layers())
     eval_size = batch_size(evaluated, length, mesh, batch_tokens)
     programs.append((abstract_losses(model_spec, outer, (eval_size, length), mesh), 0))
@@ -166,7 +177,7 @@ def estimate(
         resident=resident,
         per_window=per_window // processes,
         device=device,
-        disk=max(0, sum(quantized) + outer_bytes - written),
+        disk=max(0, sum(quantized) + outer_bytes + kept - written),
         windows=count,
         streams=streams,
         evaluated=evaluated,

@@ -10,7 +10,7 @@ import numpy as np
 from fpq_jax._algorithms.fisher import Fisher
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._checkpoints.run_progress import RunProgress
-from fpq_jax._pipeline.backward import layer_fishers
+from fpq_jax._pipeline.backward import fisher_windows, layer_fishers
 from fpq_jax._pipeline.batches import Batches, batch_size
 from fpq_jax._pipeline.job import Job
 from fpq_jax._pipeline.quantize_layers import linears
@@ -19,9 +19,6 @@ from fpq_jax._support.files import folder_digests
 from fpq_jax._support.mesh import barrier, is_first
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.trees import Flat, below
-
-# of the calibration windows: one costs about five times what it costs to calibrate on it
-_FISHER_SHARE, _FISHER_WINDOWS = 0.25, 32
 
 
 def measure_fishers(job: Job, recipe: Recipe, progress: RunProgress) -> None:
@@ -33,7 +30,7 @@ def measure_fishers(job: Job, recipe: Recipe, progress: RunProgress) -> None:
     wanted = {path: None for path, name in every.items() if (what := chosen[name]) is not None and what.fisher > 0}
     kernels = [list(below(wanted, f"layers.{i}.")) for i in range(config.num_hidden_layers)]
     windows = job.calibration.windows
-    windows = windows[: max(_FISHER_WINDOWS, int(len(windows) * _FISHER_SHARE))]
+    windows = windows[: fisher_windows(len(windows))]
     size = batch_size(len(windows), windows.shape[1], job.mesh, job.options.batch_tokens)
 
     def read(name: str) -> Flat:
