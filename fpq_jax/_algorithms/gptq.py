@@ -148,15 +148,11 @@ def round_in_order(w: Float[Array, "in out"], scales: Scale, metric: Metric, fmt
     in_features = len(w)
     blocking = _Blocking.of_row(in_features)
     source = blocking.source(in_features)
-    real = source >= 0
-    ordered = lambda m: m[metric.order]
     # R of the padded Hessian is R with ones on the diagonal
-    factor = jnp.where(
-        real[:, None] & real[None, :], metric.factor[source][:, source], jnp.diag(1.0 - real.astype(np.float32))
-    )
-    pad = lambda m, with_: jnp.where(real[:, None], ordered(m)[source], with_)
-    static = Scale(pad(scales.scale, 1.0), pad(scales.zero, 0.0))
-    values, _ = _quantize_blocks(pad(w, 0.0), factor, static, fmt, blocking)
+    factor, w = _pad(metric.factor, w[metric.order], source)
+    rows = lambda m: m[metric.order][np.maximum(source, 0)]  # padding takes any scale, its weights are zero
+    known = Scale(rows(scales.scale), rows(scales.zero))
+    values, _ = _quantize_blocks(w, factor, known, fmt, blocking)
     return jnp.zeros_like(values[:in_features]).at[metric.order].set(values[:in_features])
 
 
@@ -212,7 +208,7 @@ class _Blocking:
 
 
 def _pad(hessian: Array, w: Array, source: np.ndarray) -> tuple[Array, Array]:
-    """Lay Hessian and weight out by ``source``; padding gets a one on the Hessian's diagonal and zero weights."""
+    """Lay Hessian, or its factor, and weight out by ``source``; padding gets a one on the diagonal and zero weights."""
     if len(source) == len(w):
         return hessian, w
     real = source >= 0
