@@ -78,7 +78,7 @@ def main(options: Options) -> None:
         seq_len=options.seq_len,
         max_windows=options.max_windows,
     )
-    measured, weight_bytes = perplexities_of(
+    measured, _, weight_bytes = perplexities_of(
         checkpoint,
         texts,
         mesh,

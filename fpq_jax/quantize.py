@@ -21,6 +21,7 @@ from fpq_jax._support.mesh import parse_mesh
 from fpq_jax._support.new_directory import check_output
 
 _DEMO_OUTPUT = Path("fpq-demo")
+_MUCH_LOST = 0.1  # share by which perplexity may rise before the command says what to do
 _MAX_FALLBACKS = 0.1  # share of Linears for which GPTQ could not run before the command reports failure
 
 
@@ -34,6 +35,8 @@ class Options:
     """Name of a recipe in configs/, or a YAML file."""
     group_size: int | None = None
     """Weights per scale along the input, instead of the recipe's."""
+    bits: float | None = None
+    """Bits of a weight on average, all that is stored counted: each Linear gets of them what lowers the loss most."""
     calibration: str | None = None
     """Text to calibrate on: wikitext2, ptb, c4, demo or a file; c4 by default, demo for the demo model."""
     num_samples: int = 128
@@ -71,6 +74,8 @@ def main(options: Options) -> None:
     recipe = Recipe.load(options.recipe)
     if options.group_size is not None:
         recipe = recipe.with_group_size(options.group_size)
+    if options.bits is not None:
+        recipe = recipe.with_bits(options.bits)
     output = options.output or (_DEMO_OUTPUT if options.model is None else None)
     published = output is not None and is_published(output)
     if output is not None and not published:
@@ -136,10 +141,17 @@ def _kept(output: Path | None) -> str:
 
 def _print_summary(output: Path | None, result: RunResult) -> None:
     report, params = result.report, result.params
-    console.print(f"\n{'perplexity':<40} {'original':>10} {'quantized':>10} {'tokens':>10}", markup=False)
+    title = f"{'original':>10} {'quantized':>10} {'tokens':>10} {'KL':>8} {'same token':>10}"
+    console.print(f"\n{'perplexity':<40} {title}", markup=False)
     for spec, row in report["perplexity"].items():
         numbers = f"{row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}"
-        console.print(f"{shortened(spec)} {numbers}", markup=False)
+        distance = f"{row['kl_divergence']:>8.4f} {row['same_token']:>10.1%}"
+        console.print(f"{shortened(spec)} {numbers} {distance}", markup=False)
+    worst = max(row["quantized"] / row["original"] for row in report["perplexity"].values())
+    if worst > 1 + _MUCH_LOST:
+        console.print(
+            f"Perplexity rose by {worst - 1:.0%}: give the weights more bits, as --bits 6 or the recipe w8a8-fp do."
+        )
     size = report["bytes"]
     console.print(
         f"\n{report['bits_per_weight']:.3f} bits per quantized weight; "

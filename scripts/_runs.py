@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from fpq_jax import FpqError, Perplexity, Recipe
+from fpq_jax import FpqError, Recipe
 from fpq_jax._pipeline.job import Job, JobOptions, open_job  # private: many recipes on one opened model
 from fpq_jax._pipeline.run import (  # private: many recipes on one opened model
+    OriginalResult,
     measure_original,
     run_progress,
     run_recipe,
@@ -22,12 +24,20 @@ class Runs:
 
     def __init__(self, job: Job, folder: Path):
         self.job, self.folder = job, folder
+        self._states = tempfile.TemporaryDirectory(prefix="fpq-")
+        self._original: OriginalResult | None = None
+
+    def _measured(self) -> OriginalResult:
+        """The unquantized model, once in a process: its last hidden states, which take much room, are not kept."""
+        if self._original is None:
+            self._original = measure_original(self.job, Path(self._states.name) / "original")
+        return self._original
 
     def original(self) -> dict[str, float]:
         """Perplexity of the unquantized model on each evaluation text."""
 
         def run() -> dict[str, Any]:
-            measured = measure_original(self.job)
+            measured = self._measured().perplexity
             return {"perplexity": {spec: {"original": p.value, "tokens": p.tokens} for spec, p in measured.items()}}
 
         report = self._kept("original", None, run)
@@ -37,9 +47,8 @@ class Runs:
         """The report of a recipe's run, as ``python -m fpq_jax.quantize`` would write it."""
 
         def run() -> dict[str, Any]:
+            original = self._measured()
             began = time.perf_counter()
-            tokens = {spec: windows.size - len(windows) for spec, windows in self.job.evaluation.items()}
-            original = {spec: Perplexity(value, tokens[spec]) for spec, value in self.original().items()}
             with run_progress(self.job, recipe, None) as progress:
                 return run_recipe(self.job, recipe, progress, began=began, original=original, rows=False).report
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
 
 import fpq_jax as fpq
-from fpq_jax._algorithms.recipe import LinearRecipe
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._pipeline.batches import Batches
 from fpq_jax._pipeline.calibration import Stream, calibrate, recorded_kernels, stages

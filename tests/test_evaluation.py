@@ -7,7 +7,7 @@ from conftest import OPT_CONFIG, TINY_CONFIG, forward, random_tensors, write_che
 
 from fpq_jax import load, make_mesh
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._pipeline.evaluation import perplexities
+from fpq_jax._pipeline.evaluation import Original, perplexities
 from fpq_jax._pipeline.perplexity import perplexity
 from fpq_jax.models.kv_cache import CacheShape
 from fpq_jax.models.spec import ModelSpec
@@ -65,3 +65,30 @@ def test_with_an_fp8_cache(tiny_llama, texts):
     plain = evaluate(tiny_llama, texts).values["a"].value
     cached = evaluate(tiny_llama, texts, cache=CacheShape(2, 12, jnp.dtype(jnp.float8_e4m3fn))).values["a"].value
     assert cached != plain and cached == pytest.approx(plain, rel=0.05)
+
+
+def test_divergence_is_that_of_the_logits_in_float64(tmp_path, texts):
+    tensors = random_tensors(TINY_CONFIG)
+    folders = []
+    for name, noise in (("original", 0.0), ("other", 0.05)):
+        rng = np.random.default_rng(1)
+        changed = {
+            key: (t + noise * t.std() * rng.standard_normal(t.shape)).astype(t.dtype) for key, t in tensors.items()
+        }
+        folders.append(write_checkpoint(tmp_path / name, TINY_CONFIG, changed))
+    states = tmp_path / "states"
+    states.mkdir()
+    evaluate(folders[0], texts, keep=states)
+    checkpoint = HfCheckpoint(folders[0])
+    model_spec = ModelSpec(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
+    original = Original(model_spec, lambda name: checkpoint.read_part(name, jnp.float32), states)
+    same = evaluate(folders[0], texts, original=original).divergences
+    found = evaluate(folders[1], texts, original=original).divergences
+    models = [load(folder) for folder in folders]
+    for text, windows in texts.items():
+        assert same[text].kl == pytest.approx(0, abs=1e-7) and same[text].same_token == 1
+        theirs, ours = (np.asarray(model(jnp.asarray(windows)), np.float64)[:, :-1] for model in models)
+        log_p, log_q = (one - np.log(np.exp(one).sum(axis=-1, keepdims=True)) for one in (theirs, ours))
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
+        assert found[text].kl == pytest.approx(kl, rel=1e-4) and kl > 1e-3
+        assert found[text].same_token == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean(), abs=1e-9)

@@ -7,9 +7,9 @@ import pytest
 
 from fpq_jax import QuantSpec, dequantize, hessian
 from fpq_jax._algorithms.joint import quantize_jointly
+from fpq_jax._algorithms.linear_recipe import LinearRecipe, Lorc
 from fpq_jax._algorithms.lorc import weighted_low_rank
 from fpq_jax._algorithms.metric import factorize
-from fpq_jax._algorithms.recipe import LinearRecipe, Lorc
 
 quantize = jax.jit(quantize_jointly, static_argnums=2)
 SPEC = QuantSpec(group_size=32, constraint="m2")

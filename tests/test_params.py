@@ -95,6 +95,7 @@ def test_our_llama_by_the_general_road_is_what_the_pipeline_makes_of_it(tiny_lla
     assert total > 10_000 and agreeing / total > 0.999  # sums of batches in another order
 
 
+@pytest.mark.full
 def test_blocks_stage_by_stage_beside_the_unquantized_ones_are_the_pipeline(tiny_llama):
     windows = np.random.default_rng(0).integers(0, 250, (8, 32)).astype(np.int32)
     joint = {"order": "activation", "scale_search": True, "error_propagation": 0.5}

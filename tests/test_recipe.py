@@ -1,7 +1,8 @@
 import pytest
 
 from fpq_jax import FpqError, Recipe
-from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, LinearRecipe, Lorc, recipe_names
+from fpq_jax._algorithms.linear_recipe import LinearRecipe, Lorc
+from fpq_jax._algorithms.recipe import DEFAULT_RECIPE, recipe_names
 
 NAMES = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 

@@ -24,7 +24,7 @@ from fpq_jax._support.compile_cache import kept_programs
 from fpq_jax.models.parameters import params_of
 
 LAYERS = 4
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def _run(given: quantize.Options, log: str) -> None:
 
 
 @pytest.mark.full
-def test_killed_at_twenty_random_moments(work):
+def test_killed_at_ten_random_moments(work):
     processes = multiprocessing.get_context("forkserver")  # what is imported is there when a run begins
     processes.set_forkserver_preload(["fpq_jax.quantize", "orbax.checkpoint", "transformers", "datasets"])
     rng, log = random.Random(0), work / "log.txt"

@@ -65,7 +65,7 @@ def test_m2_has_the_best_reference_of_each_compute_group_with_the_best_exponents
             ("e2m1", 40, None),
             ("e3m0", "channel", "m2"),
             ("int4", 32, "m2"),
-            ("int8", "channel", None),
+            ("int4", "channel", None),
         ],
         3,
     ),

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from fpq_jax._algorithms.coordinate_descent import descend
 from fpq_jax._algorithms.gptq import round_in_order
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.lorc import weighted_low_rank
 from fpq_jax._algorithms.metric import Metric
-from fpq_jax._algorithms.recipe import LinearRecipe
 from fpq_jax._algorithms.scale_search import search_scales
 from fpq_jax._numerics.formats import encode
 from fpq_jax._numerics.qtensor import LowRank, QTensor, assemble

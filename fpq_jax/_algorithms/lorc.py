@@ -68,13 +68,20 @@ def lorc(
 def weighted_low_rank(
     error: Float[Array, "in out"], metric: Metric, rank: int, dtype: FactorDtype, seed: int | Array
 ) -> LowRank:
-    """The low-rank matrix nearest to ``error`` in the metric, in factors of equal norm."""
+    """``nearest_low_rank`` as it is stored."""
+    return _factors(*nearest_low_rank(error, metric, rank, seed), dtype)
+
+
+def nearest_low_rank(
+    error: Float[Array, "in out"], metric: Metric, rank: int, seed: int | Array
+) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+    """The low-rank matrix nearest to ``error`` in the metric, in factors of equal norm, by falling singular values."""
     u, s, vt = truncated_svd(matmul(metric.factor, error[metric.order]), min(rank, *error.shape), seed)
     a = jax.scipy.linalg.solve_triangular(metric.factor, u * s, lower=True)
     a = jnp.zeros_like(a).at[metric.order].set(a)
     norms = jnp.sqrt(jnp.linalg.norm(a, axis=0))
     norms = jnp.where(norms > 0, norms, 1.0)
-    return _factors(a / norms, norms[:, None] * vt, dtype)
+    return a / norms, norms[:, None] * vt
 
 
 def truncated_svd(m: Float[Array, "n k"], rank: int, seed: int | Array) -> tuple[Array, Array, Array]:

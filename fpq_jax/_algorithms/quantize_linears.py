@@ -23,10 +23,10 @@ from fpq_jax._algorithms.error_propagation import propagated
 from fpq_jax._algorithms.fisher import Fisher, blended
 from fpq_jax._algorithms.gptq import gptq_with_stats
 from fpq_jax._algorithms.joint import Columns, quantize_jointly
+from fpq_jax._algorithms.linear_recipe import LinearRecipe, Lorc
 from fpq_jax._algorithms.lorc import lorc
 from fpq_jax._algorithms.metric import GptqStats, factorize
 from fpq_jax._algorithms.output_error import column_errors
-from fpq_jax._algorithms.recipe import LinearRecipe, Lorc
 from fpq_jax._algorithms.statistics import CalibrationStats, InputStats, SharedInput
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import LowRank, QTensor, dequantize, quantize_array

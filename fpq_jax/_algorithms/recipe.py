@@ -1,127 +1,20 @@
 """Recipes: what to do to which Linear. Frozen, checked when made, read from the YAML files in configs/."""
 
-import dataclasses
-import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
 
-from fpq_jax._algorithms.lorc import FactorDtype
-from fpq_jax._algorithms.metric import Order
+from fpq_jax._algorithms.linear_recipe import LinearRecipe, linear_recipe, mapping, near, plain
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import Kind
-from fpq_jax._numerics.spec import QuantSpec
 
 DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
-_ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that stand beside "weight" in YAML
-_PLAIN = (
-    "method",
-    "damping",
-    "order",
-    "scale_search",
-    "sweeps",
-    "fisher",
-    "error_propagation",
-)  # a LinearRecipe's, as they are
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lorc:
-    """Describes the low-rank compensation of a recipe.
-
-    Attributes:
-        rank: of the correction; ``"auto"`` is the paper's for the model's size.
-        dtype: what the factors are stored in, ``"bfloat16"`` or ``"int8"``.
-        weighted: whether the error of the outputs is what is least, not that of the weights.
-        rounds: how often, after the first time, codes and correction are found in turn, each for what the other one
-            leaves; for a weighted correction.
-    """
-
-    rank: int | Literal["auto"] = 8
-    dtype: FactorDtype = "bfloat16"
-    weighted: bool = False
-    rounds: int = 0
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
-        if self.rank != "auto" and not number:
-            raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number or auto.")
-        if self.dtype not in get_args(FactorDtype):
-            raise FpqError(f"lorc: dtype is {self.dtype!r}; it must be one of {', '.join(get_args(FactorDtype))}.")
-        if not isinstance(self.weighted, bool):
-            raise FpqError(f"lorc: weighted is {self.weighted!r}; it must be true or false.")
-        _check_count("lorc: rounds", self.rounds)
-        if self.rounds and not self.weighted:
-            raise FpqError("lorc: rounds are for a weighted correction; say weighted: true.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearRecipe:
-    """Describes how one Linear is quantized.
-
-    Attributes:
-        spec: format, groups, scale constraint and activations.
-        method: ``"gptq"``, or ``"round"`` to nearest.
-        damping: GPTQ's, as a share of the mean of the Hessian's diagonal.
-        order: in which GPTQ rounds the inputs, ``"natural"`` or ``"activation"``, see ``gptq``.
-        scale_search: whether scales are those of least weighted error, instead of the least that clip nothing.
-        sweeps: of coordinate descent over the codes after GPTQ.
-        fisher: share, 0 to 1, of the loss's Fisher information in the Hessian, see ``fisher.py``.
-        error_propagation: share, 0 to 1, of the error handed on by what is quantized before it that the weight is
-            changed to make up for; needs a recipe that is ``sequential``.
-        lorc: the low-rank compensation, or None.
-    """
-
-    spec: QuantSpec = field(default_factory=QuantSpec)
-    method: Literal["gptq", "round"] = "gptq"
-    damping: float = 0.01
-    order: Order = "natural"
-    scale_search: bool = False
-    sweeps: int = 0
-    fisher: float = 0.0
-    error_propagation: float = 0.0
-    lorc: Lorc | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in ("gptq", "round"):
-            raise FpqError(f"method is {self.method!r}; it must be gptq or round.")
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping < 1:
-            raise FpqError(f"damping is {self.damping!r}; it must be a number between 0 and 1.")
-        if self.order not in get_args(Order):
-            raise FpqError(f"order is {self.order!r}; it must be natural or activation.")
-        if not isinstance(self.scale_search, bool):
-            raise FpqError(f"scale_search is {self.scale_search!r}; it must be true or false.")
-        _check_count("sweeps", self.sweeps)
-        for name in ("fisher", "error_propagation"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise FpqError(f"{name} is {share!r}; it must be a number from 0 to 1.")
-        if self.static_groups and self.method != "gptq":
-            raise FpqError(
-                "order, scale_search, sweeps, fisher, error_propagation and a weighted lorc are for method gptq."
-            )
-        if self.scale_search and self.spec.exponent_rounding != "up":
-            raise FpqError(
-                f"scale_search finds the exponents; exponent_rounding {self.spec.exponent_rounding} does too."
-            )
-        if self.error_propagation and self.lorc is not None and not self.lorc.weighted:
-            raise FpqError("lorc without weighted: true would undo error_propagation.")
-
-    @property
-    def static_groups(self) -> bool:
-        """Whether scales are known before the first input is rounded, as everything beyond plain GPTQ needs it."""
-        options = self.scale_search, self.sweeps, self.fisher, self.error_propagation, self.corrects_jointly
-        return self.order != "natural" or any(options)
-
-    @property
-    def corrects_jointly(self) -> bool:
-        """Whether the low-rank correction is found with the codes, not after them."""
-        return self.lorc is not None and self.lorc.weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +59,18 @@ class Recipe:
     - ``fisher``: the share, 0 to 1, of the loss's Fisher information in the Hessian that all of these go by.
     - ``sequential``: see below. ``error_propagation``: the share, 0 to 1, of the error handed on by what is quantized
       before it that each weight makes up for; it needs ``sequential``.
+    - ``bits``: how many bits the weights are to take on average, all that is stored counted. Each Linear that no rule
+      fits then becomes what the loss is least with at that average: the format of ``weight`` in groups of its size or
+      smaller ones, with ``lorc`` of any rank or none, or FP8 (see ``bit_allocation.py``).
     - ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
-      former keys but ``sequential``, with ``axes`` such as ``in out`` for parameters of other trees.
+      former keys but ``sequential`` and ``bits``, with ``axes`` such as ``in out`` for parameters of other trees.
 
     Attributes:
         name: what messages and reports call it.
         default: how a Linear is quantized where no rule fits it.
         rules: what is different for the parameters that fit a pattern, in order.
         sequential: whether each stage of a layer is calibrated behind the quantized stages before it, as layers are.
+        bits: of a weight on average, see above; None for what the default and the rules say.
 
     Raises:
         FpqError: a field has an impossible value, or two contradict each other.
@@ -190,12 +87,28 @@ class Recipe:
     default: LinearRecipe = field(default_factory=LinearRecipe)
     rules: tuple[Rule, ...] = ()
     sequential: bool = False
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sequential, bool):
             raise FpqError(f"sequential is {self.sequential!r}; it must be true or false.")
         if not self.sequential and self.propagates:
             raise FpqError("error_propagation needs sequential: true; without it weights get worse.")
+        if self.bits is not None:
+            self._check_bits()
+
+    def _check_bits(self) -> None:
+        spec, lorc = self.default.spec, self.default.lorc
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not math.isfinite(self.bits):
+            raise FpqError(f"bits is {self.bits!r}; it must be a number such as 4.5.")
+        if not spec.format.packed:
+            raise FpqError(f"bits chooses between a 4-bit format and FP8; {spec.format} is 8 bits wide already.")
+        if spec.activation is not None and not spec.activation.is_float8:
+            raise FpqError(f"bits may choose FP8 weights, which do not go with {spec.activation} activations.")
+        if self.default.method != "gptq":
+            raise FpqError("bits is for method gptq, which measures what each choice costs.")
+        if lorc is not None and not lorc.weighted:
+            raise FpqError("bits is for a weighted lorc; say weighted: true.")
 
     @property
     def propagates(self) -> bool:
@@ -205,7 +118,7 @@ class Recipe:
     @property
     def needs_fisher(self) -> bool:
         """Whether the Fisher information of the loss is taken for any weight."""
-        return any(one.fisher > 0 for one in self._every())
+        return self.bits is not None or any(one.fisher > 0 for one in self._every())
 
     def _every(self) -> list[LinearRecipe]:
         return [self.default, *(rule.change for rule in self.rules if rule.change is not None)]
@@ -236,7 +149,7 @@ class Recipe:
             text = (resources.files("fpq_jax.configs") / f"{name}.yaml").read_text(encoding="utf-8")
         else:
             raise FpqError(
-                f"There is no recipe {str(name)!r}{_near(str(name), recipe_names())}; "
+                f"There is no recipe {str(name)!r}{near(str(name), recipe_names())}; "
                 f"the recipes are {', '.join(recipe_names())}, or name a YAML file."
             )
         try:
@@ -244,7 +157,7 @@ class Recipe:
         except yaml.YAMLError as error:
             raise FpqError(f"Recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
         try:
-            return cls.from_dict({"name": str(name), **({} if loaded is None else _mapping(loaded, "the file"))})
+            return cls.from_dict({"name": str(name), **({} if loaded is None else mapping(loaded, "the file"))})
         except FpqError as error:
             raise FpqError(f"Recipe {name}: {error}") from error
 
@@ -268,15 +181,15 @@ class Recipe:
         """
         options = dict(options)
         name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
-        sequential = options.pop("sequential", False)
-        default = _linear_recipe(LinearRecipe(), options)
+        of_all = {key: options.pop(key) for key in ("sequential", "bits") if key in options}
+        default = linear_recipe(LinearRecipe(), options)
         if not isinstance(rules, list):
             raise FpqError("rules must be a list.")
         return cls(
             name=name,
             default=default,
-            rules=tuple(_rule(_mapping(r, "a rule"), default) for r in rules),
-            sequential=sequential,
+            rules=tuple(_rule(mapping(r, "a rule"), default) for r in rules),
+            **of_all,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -293,12 +206,18 @@ class Recipe:
         rules = [
             {
                 "match": r.match,
-                **({"quantize": False} if r.change is None else _plain(r.change)),
+                **({"quantize": False} if r.change is None else plain(r.change)),
                 **({} if r.axes is None else {"axes": " ".join(r.axes)}),
             }
             for r in self.rules
         ]
-        return {"name": self.name, **_plain(self.default), "sequential": self.sequential, "rules": rules}
+        return {
+            "name": self.name,
+            **plain(self.default),
+            "sequential": self.sequential,
+            "bits": self.bits,
+            "rules": rules,
+        }
 
     def with_rule(self, match: str, **options: Any) -> "Recipe":
         """Adds a rule after the others.
@@ -330,6 +249,20 @@ class Recipe:
             The changed recipe.
         """
         return self._map(lambda r: replace(r, spec=replace(r.spec, group_size=group_size)))
+
+    def with_bits(self, bits: float) -> "Recipe":
+        """Changes how many bits the weights take on average.
+
+        Args:
+            bits: of a weight, all that is stored counted.
+
+        Returns:
+            The changed recipe.
+
+        Raises:
+            FpqError: the recipe does not go with ``bits``.
+        """
+        return replace(self, bits=bits)
 
     def with_lorc_rank(self, rank: int) -> "Recipe":
         """Changes the rank of LoRC where it is ``"auto"``.
@@ -391,7 +324,7 @@ class Recipe:
         """
         fitting = fnmatch.filter(names, rule.match)
         if not fitting:
-            raise FpqError(f"Recipe {self.name}: no {what} fits {rule.match!r}{_near(rule.match, names)}.")
+            raise FpqError(f"Recipe {self.name}: no {what} fits {rule.match!r}{near(rule.match, names)}.")
         return fitting
 
     def about(self, names: list[str]) -> "Recipe":
@@ -424,49 +357,4 @@ def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
             raise FpqError(f"rule {match!r} says quantize: false, so {', '.join(options) or 'axes'} has no meaning.")
         return Rule(match=match, change=None)
     kinds: Any = None if axes is None else tuple(axes.split())
-    return Rule(match=match, change=_linear_recipe(default, options), axes=kinds)
-
-
-def _linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
-    """``base`` with the YAML's keys applied."""
-    _check_keys(options, ("weight", *_ACTIVATION, *_PLAIN, "lorc"), "")
-    weight = _mapping(options.pop("weight", None) or {}, "weight")
-    _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name not in _ACTIVATION), "weight: ")
-    weight |= {key: options.pop(key) for key in _ACTIVATION if key in options}
-    if "lorc" in options and options["lorc"] is not None:
-        lorc = _mapping(options["lorc"], "lorc")
-        _check_keys(lorc, tuple(f.name for f in dataclasses.fields(Lorc)), "lorc: ")
-        options["lorc"] = Lorc(**lorc)
-    return replace(base, spec=replace(base.spec, **weight), **options)
-
-
-def _plain(recipe: LinearRecipe) -> dict[str, Any]:
-    weight = recipe.spec.to_dict()
-    return {
-        **{key: weight.pop(key) for key in _ACTIVATION},
-        "weight": weight,
-        **{key: getattr(recipe, key) for key in _PLAIN},
-        "lorc": recipe.lorc and dataclasses.asdict(recipe.lorc),
-    }
-
-
-def _check_count(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise FpqError(f"{what} is {value!r}; it must be a number, 0 or more.")
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise FpqError(f"{what} must be a mapping of names to values.")
-    return dict(value)
-
-
-def _check_keys(options: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    for key in options:
-        if key not in allowed:
-            raise FpqError(f"{where}unknown key {key!r}{_near(key, allowed)}; the keys are {', '.join(allowed)}.")
-
-
-def _near(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return Rule(match=match, change=linear_recipe(default, options), axes=kinds)

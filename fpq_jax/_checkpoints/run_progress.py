@@ -8,7 +8,9 @@ Beside the output to be, OUT.unfinished holds
                     else was measured
     model/          the result as it grows; it becomes OUT by one rename
     programs/       what XLA compiled: compiled again, a GPU's programs may round otherwise
+    original/       the unquantized model's last hidden states for the evaluation's texts
     fisher/         the Fisher information of each layer's kernels, where the recipe needs it
+    backward/       while that is measured, what the layers below are given, and the gradients
 
 A record is written when its part is on the disk. When a run starts again, a part without a record, or whose files or
 record are not as they were written, is made again.
@@ -29,7 +31,7 @@ from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.trees import Flat, stored_bytes
 
 _LOCK, _JOB, _PROGRESS, _MODEL, _PROGRAMS = "fpq.lock", "job.json", "progress", "model", "programs"
-_FISHER = "fisher"
+_ORIGINAL, _FISHER, _BACKWARD = "original", "fisher", "backward"
 SUFFIX = ".unfinished"
 _METADATA = 64 * 2**10  # bytes that a part takes beside its arrays
 
@@ -114,9 +116,19 @@ class RunProgress:
         return self.folder / _PROGRAMS
 
     @property
+    def original(self) -> Path:
+        """For what the quantized model is compared with."""
+        return self.folder / _ORIGINAL
+
+    @property
     def fisher(self) -> Path:
         """For ``measure_fishers``."""
         return self.folder / _FISHER
+
+    @property
+    def backward(self) -> Path:
+        """For ``measure_fishers``."""
+        return self.folder / _BACKWARD
 
     @property
     def _progress(self) -> Path:

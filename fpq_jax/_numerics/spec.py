@@ -8,6 +8,7 @@ from fpq_jax._numerics.formats import E2M1, E4M3, Format, get_format
 
 Constraint = Literal["m1", "m2"]
 ExponentRounding = Literal["up", "nearest", "search"]
+GroupSize = int | Literal["channel", "tensor"]
 ActivationScale = Literal["token", "static"]
 
 
@@ -44,7 +45,7 @@ class QuantSpec:
     """
 
     format: Format = E2M1
-    group_size: int | Literal["channel", "tensor"] = 256
+    group_size: GroupSize = 256
     constraint: Constraint | None = None
     exponent_rounding: ExponentRounding = "up"
     compute_rows: int = 1

@@ -2,13 +2,14 @@
 
 Windows go forward through all layers, and what each layer is given is kept on the disk. Behind the head each window's
 labels are drawn from the model's own predictions. Then the gradient by the hidden states goes back layer by layer; each
-layer gives it on, and the Fisher information of its kernels. One layer's weights are on the devices at a time.
+layer gives it on, and the Fisher information of its kernels. One layer's weights are on the devices at a time. What is
+on the disk lets a pass that was stopped go on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fpq_jax._algorithms.fisher import Fisher, fisher_of
 from fpq_jax._pipeline.batches import Batches
 from fpq_jax._pipeline.layerwise import embed, forward
+from fpq_jax._support.mesh import in_every_process
 from fpq_jax._support.placement import BATCH, abstract, per_device, prefetch_to_devices, to_devices, to_host
 from fpq_jax._support.trees import Flat
 from fpq_jax.models.parameters import EMBEDDING, HEAD, params_of, with_params
@@ -35,7 +37,17 @@ def fisher_windows(calibrated: int) -> int:
     return min(calibrated, max(_LEAST, int(calibrated * _SHARE)))
 
 
-def layer_fishers(
+class LayerBehind(NamedTuple):
+    """What the pass back came to: a layer's number, its parameters on every device, its input for each batch on the
+    host, and the Fisher information of its kernels."""
+
+    number: int
+    params: Flat
+    hidden: list[np.ndarray]
+    fishers: dict[str, Fisher]
+
+
+def layers_behind(
     model_spec: ModelSpec,
     read: Reader,
     kernels: Sequence[Sequence[str]],
@@ -43,44 +55,75 @@ def layer_fishers(
     place: Path,
     *,
     seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[int, dict[str, Fisher]]]:
-    """(a layer's number, the Fisher information of its ``kernels``), from the last layer to the first.
+    finished: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[LayerBehind]:
+    """From the last layer to the first, with the Fisher information of each one's ``kernels``.
 
-    ``place``: a folder for what the layers are given, which is removed on the way. ``advance`` is called twice for each
-    layer.
+    ``place``: a folder for what the layers are given, and their gradients. ``finished``: the lowest layer that came
+    before the pass was stopped; where the folder still has what is below it, the pass goes on there. ``advance`` is
+    called with 1 or more, in all twice for each layer.
     """
     layers, mesh = model_spec.config.num_hidden_layers, batches.mesh
-    layer = model_spec.layer()
+    hidden_file = lambda i: place / f"hidden.{i}.{jax.process_index()}.npy"
+    gradient_file = lambda i: place / f"gradient.{i}.{jax.process_index()}.npy"
+    load = lambda file: list(np.load(file).view(model_spec.dtype))
+    start = layers if finished is None else finished
+    needed = [gradient_file(start), *map(hidden_file, range(start))]
+    if start == layers or not in_every_process(all(file.is_file() for file in needed)):
+        start = layers
+        _save(gradient_file(layers), _down(model_spec, read, batches, hidden_file, seed, advance))
+    else:
+        advance(2 * layers - start)
+    gradients = load(gradient_file(start))
+    for i in reversed(range(start)):
+        hidden, params = load(hidden_file(i)), read(f"layers.{i}")
+        chosen = {path: params[path] for path in kernels[i]}
+        others = {path: leaf for path, leaf in params.items() if path not in chosen}
+        total = _zeros(chosen, mesh)
+        for b, (rows, real) in enumerate(zip(prefetch_to_devices(hidden, mesh), batches.real, strict=True)):
+            above = to_devices(gradients[b], mesh)
+            total, below = _backward(model_spec, mesh, total, chosen, others, rows, above, to_devices(real, mesh))
+            gradients[b] = to_host(below)
+        _save(gradient_file(i), gradients)
+        yield LayerBehind(i, params, hidden, _added_up(total, mesh))
+        hidden_file(i).unlink()
+        gradient_file(i + 1).unlink(missing_ok=True)
+        advance(1)
+
+
+def _down(
+    model_spec: ModelSpec,
+    read: Reader,
+    batches: Batches,
+    hidden_file: Callable[[int], Path],
+    seed: int,
+    advance: Callable[[int], None],
+) -> list[np.ndarray]:
+    """Through the layers; what each is given is kept. The gradient by the last one's output for each batch."""
+    mesh, layer = batches.mesh, model_spec.layer()
     outer = read(EMBEDDING)
     hidden = embed(model_spec, outer, batches)
     if not model_spec.config.tie_word_embeddings:
         outer = {}
-    file = lambda i: place / f"hidden.{i}.{jax.process_index()}.npy"
-    for i in range(layers):
-        np.save(file(i), _bytes(np.stack(hidden)))
+    for i in range(model_spec.config.num_hidden_layers):
+        _save(hidden_file(i), hidden)
         forward(with_params(layer, read(f"layers.{i}")), hidden, mesh)
-        advance()
+        advance(1)
     head = outer | read(HEAD)
     key = jax.random.key(seed)
-    gradients = [
+    return [
         to_host(_of_loss(model_spec, mesh, head, rows, to_devices(index, mesh), key))
         for rows, index in zip(prefetch_to_devices(hidden, mesh), batches.index, strict=True)
     ]
-    del head, outer, hidden
-    for i in reversed(range(layers)):
-        given = np.load(file(i)).view(model_spec.dtype)
-        params = read(f"layers.{i}")
-        chosen = {path: params[path] for path in kernels[i]}
-        others = {path: leaf for path, leaf in params.items() if path not in chosen}
-        total = _zeros(chosen, mesh)
-        for b, (rows, real) in enumerate(zip(prefetch_to_devices(list(given), mesh), batches.real, strict=True)):
-            above = to_devices(gradients[b], mesh)
-            total, below = _backward(model_spec, mesh, total, chosen, others, rows, above, to_devices(real, mesh))
-            gradients[b] = to_host(below)
-        yield i, _added_up(total, mesh)
-        file(i).unlink()
-        advance()
+
+
+def _save(file: Path, batches: list[np.ndarray]) -> None:
+    """Whole or not at all; as bytes, since files have no name for some dtypes."""
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as opened:
+        np.save(opened, np.stack(batches).view(np.uint8))
+    unfinished.rename(file)
 
 
 def abstract_backward(model_spec: ModelSpec, kernels: Sequence[str], mesh: Mesh, tokens: tuple[int, int]) -> Any:
@@ -92,11 +135,6 @@ def abstract_backward(model_spec: ModelSpec, kernels: Sequence[str], mesh: Mesh,
     real = abstract(jax.ShapeDtypeStruct(tokens[:1], bool), mesh, BATCH)
     total = abstract(jax.eval_shape(partial(_zeros, chosen, mesh)), mesh, BATCH)
     return _backward.lower(model_spec, mesh, total, chosen, others, rows, rows, real)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """Of a dtype that files have no name for."""
-    return array.view(np.uint8)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

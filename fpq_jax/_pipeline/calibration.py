@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from fpq_jax._algorithms.recipe import LinearRecipe
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.statistics import CalibrationStats, SharedInput
 from fpq_jax._numerics.qtensor import Axes
 from fpq_jax._pipeline.batches import Batches

@@ -5,22 +5,20 @@ A program's memory is XLA's own analysis of it: the largest ones are compiled he
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.bit_allocation import stored_bits
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.quantize_linears import abstract_quantize, side_by_side
-from fpq_jax._algorithms.recipe import LinearRecipe
 from fpq_jax._errors import FpqError
-from fpq_jax._numerics.qtensor import quantize_array
 from fpq_jax._pipeline.backward import abstract_backward, fisher_windows
 from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
 from fpq_jax._pipeline.calibration import abstract_calibrate, stages
-from fpq_jax._pipeline.layerwise import abstract_losses
+from fpq_jax._pipeline.layerwise import abstract_logits
 from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
 from fpq_jax._support.trees import Flat, stored_bytes
@@ -28,6 +26,8 @@ from fpq_jax.models.parameters import params_of
 from fpq_jax.models.spec import ModelSpec
 
 _PROGRAMS = 320 * 2**20  # measured: what compiling the other programs and the libraries not yet in use take
+# of the logits' bytes: those of the original beside them, and both in float32 with their exponentials
+_LOGITS = 8
 _MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's own losses
 
 
@@ -114,11 +114,15 @@ def estimate(
     *,
     sequential: bool = False,
     compared: bool = False,
+    bits: float | None = None,
+    states: int = 0,
 ) -> Estimate:
     """Of quantizing with ``windows`` (count, tokens) and evaluating so many windows at once.
 
     ``recipes``: what is to be done to each kernel, by path; the layer with the most decides. ``written`` bytes are on
-    the disk already. ``sequential``, ``compared``: calibrated stage by stage, beside the unquantized model.
+    the disk already. ``sequential``, ``compared``: calibrated stage by stage, beside the unquantized model. ``bits``:
+    of a weight on average, where ``recipes`` are what takes most to make. ``states``: of how many windows the last
+    hidden states are kept on the disk meanwhile.
     """
     count, length = windows
     streams = 2 if compared else 1
@@ -144,25 +148,26 @@ def estimate(
             shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
             own = shape[0] ** 2 * 4 * streams  # which are the program's arguments
-            programs.append((program, stored_bytes(layer) + statistics - own))
-    kept = 0  # bytes on the disk while the run lasts
-    if any(recipe.fisher for chosen in by_layer for recipe in chosen.values()):
+            fishers = sum(4 * layer[path].shape[0] ** 2 for path, recipe in hardest.items() if recipe.fisher)
+            programs.append((program, stored_bytes(layer) + statistics - own + fishers))
+    per_window = length * config.hidden_size * model_spec.dtype.itemsize
+    kept = states * per_window  # bytes on the disk while the run lasts
+    if bits is not None or any(recipe.fisher for chosen in by_layer for recipe in chosen.values()):
         measured = fisher_windows(count)
         rows = batch_size(measured, length, mesh, batch_tokens)
-        going_back = [path for path, recipe in hardest.items() if recipe.fisher]
+        going_back = [path for path, recipe in hardest.items() if recipe.fisher or bits is not None]
         programs.append((abstract_backward(model_spec, going_back, mesh, (rows, length)), 0))
-        kept = measured * length * config.hidden_size * model_spec.dtype.itemsize * config.num_hidden_layers
+        kept += measured * per_window * (config.num_hidden_layers + 2)  # what the layers are given, and gradients
         for chosen in by_layer:
             kept += sum(4 * layer[path].shape[0] ** 2 for path, recipe in chosen.items() if recipe.fisher)
     outer = params_of(model_spec.without_layers())
-    eval_size = batch_size(evaluated, length, mesh, batch_tokens)
-    programs.append((abstract_losses(model_spec, outer, (eval_size, length), mesh), 0))
+    program, logits = abstract_logits(model_spec, outer, length, mesh)
+    programs.append((program, _LOGITS * logits))
     device = max(_program_bytes(program) + beside for program, beside in programs)
 
-    per_window = length * config.hidden_size * model_spec.dtype.itemsize
     layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)
     embedding = sum(stored_bytes(leaf) for p, leaf in outer.items() if p.startswith(model_spec.model_class.EMBEDDING))
-    quantized = [_quantized_bytes(layer, chosen) for chosen in by_layer]
+    quantized = [_quantized_bytes(layer, chosen, bits) for chosen in by_layer]
     processes = jax.process_count()
     # this layer and the next one, and, of one tensor, its copies as it is read
     largest = max(stored_bytes(leaf) for leaf in (layer | outer).values())
@@ -205,17 +210,7 @@ def _program_bytes(program: Any) -> int:
     )
 
 
-def _quantized_bytes(layer: Flat, chosen: dict[str, LinearRecipe]) -> int:
-    total = 0
-    for path, leaf in layer.items():
-        recipe = chosen.get(path)
-        total += stored_bytes(leaf if recipe is None else jax.eval_shape(partial(_quantized, recipe=recipe), leaf))
-    return total
-
-
-def _quantized(w: Any, recipe: LinearRecipe) -> Any:
-    q = quantize_array(w, recipe.spec)
-    if recipe.lorc is None:
-        return q
-    assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
-    return lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype)
+def _quantized_bytes(layer: Flat, chosen: dict[str, LinearRecipe], bits: float | None) -> int:
+    others = stored_bytes([leaf for path, leaf in layer.items() if path not in chosen])
+    of = lambda path, r: stored_bits(layer[path].shape, r) if bits is None else int(bits * layer[path].size)
+    return others + sum(of(path, recipe) for path, recipe in chosen.items()) // 8

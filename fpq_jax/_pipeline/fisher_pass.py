@@ -1,64 +1,123 @@
-"""The Fisher information of a job's kernels, measured before anything is quantized and kept with the run's progress."""
+"""The pass back through a job's layers, before anything is quantized: the Fisher information of the kernels, and what
+each candidate of those would cost whose bits the recipe leaves open. Kept layer by layer with the run's progress."""
 
 import shutil
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from fpq_jax._algorithms.bit_allocation import expected_losses
 from fpq_jax._algorithms.fisher import Fisher
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._checkpoints.run_progress import RunProgress
-from fpq_jax._pipeline.backward import fisher_windows, layer_fishers
+from fpq_jax._pipeline.backward import LayerBehind, fisher_windows, layers_behind
 from fpq_jax._pipeline.batches import Batches, batch_size
+from fpq_jax._pipeline.calibration import Stream, calibrate, recorded_kernels
 from fpq_jax._pipeline.job import Job
 from fpq_jax._pipeline.quantize_layers import linears
 from fpq_jax._support.console import progress_bar
-from fpq_jax._support.files import folder_digests
-from fpq_jax._support.mesh import barrier, is_first
+from fpq_jax._support.files import file_digest
+from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.trees import Flat, below
+from fpq_jax.models.spec import ModelSpec
+
+Losses = dict[str, list[float]]  # by kernel, of each of its candidates
 
 
-def measure_fishers(job: Job, recipe: Recipe, progress: RunProgress) -> None:
-    """Measure the Fisher information of the kernels, if the recipe needs it, once with ``progress``."""
-    if not recipe.needs_fisher or progress.measured("fisher") == folder_digests(progress.fisher):
-        return
+def measure_fishers(job: Job, recipe: Recipe, progress: RunProgress) -> Losses:
+    """What the candidates cost of the kernels whose bits are open. Nothing is measured if the recipe needs no Fisher
+    information."""
+    if not recipe.needs_fisher:
+        return {}
+    config = job.checkpoint.model_config
+    layers = range(config.num_hidden_layers)
+    finished = from_first(_finished(progress, len(layers)))
+    if finished > 0:
+        _measure(job, recipe, progress, finished)
+    found: Losses = {}
+    for i in layers:
+        kept: Any = progress.measured(_record(i))
+        found |= {f"layers.{i}.{path}": each for path, each in kept["losses"].items()}
+    return found
+
+
+def read_fisher(folder: Path, layer: int) -> dict[str, Fisher]:
+    """What ``measure_fishers`` kept of a layer."""
+    with np.load(_file(folder, layer)) as file:
+        paths = dict.fromkeys(name.rpartition(":")[0] for name in file.files)
+        return {path: Fisher(*(file[f"{path}:{field}"] for field in Fisher._fields)) for path in paths}
+
+
+def _measure(job: Job, recipe: Recipe, progress: RunProgress, finished: int) -> None:
     config, every = job.checkpoint.model_config, linears(job.checkpoint)
     chosen = recipe.for_linears(every.values())
-    wanted = {path: None for path, name in every.items() if (what := chosen[name]) is not None and what.fisher > 0}
-    kernels = [list(below(wanted, f"layers.{i}.")) for i in range(config.num_hidden_layers)]
+    wanted = {path: r for path, name in every.items() if (r := chosen[name]) is not None and (r.fisher or recipe.bits)}
+    kernels = [below(wanted, f"layers.{i}.") for i in range(config.num_hidden_layers)]
     windows = job.calibration.windows
     windows = windows[: fisher_windows(len(windows))]
     size = batch_size(len(windows), windows.shape[1], job.mesh, job.options.batch_tokens)
+    batches = Batches.of(windows, job.mesh, size)
 
     def read(name: str) -> Flat:
         part = replicate(job.checkpoint.read_dense_part(name, job.dtype), job.mesh)
         return below(part, f"{name}.") if name.startswith("layers.") else part
 
     if is_first():
-        shutil.rmtree(progress.fisher, ignore_errors=True)
-        progress.fisher.mkdir()
-    barrier("there is a folder for the Fisher information")
-    with (
-        tempfile.TemporaryDirectory(prefix="fpq-", dir=progress.folder) as states,
-        progress_bar(f"Fisher information of {len(windows)} windows", 2 * config.num_hidden_layers) as advance,
-    ):
-        batches = Batches.of(windows, job.mesh, size)
-        for i, found in layer_fishers(
-            job.model_spec, read, kernels, batches, Path(states), seed=job.options.seed, advance=advance
+        for folder in (progress.fisher, progress.backward):
+            folder.mkdir(exist_ok=True)
+    barrier("there are folders for the pass back")
+    with progress_bar(f"Fisher information of {len(windows)} windows", 2 * config.num_hidden_layers) as advance:
+        for behind in layers_behind(
+            job.model_spec,
+            read,
+            [list(of_layer) for of_layer in kernels],
+            batches,
+            progress.backward,
+            seed=job.options.seed,
+            finished=finished,
+            advance=advance,
         ):
+            i = behind.number
+            losses = {}
+            if recipe.bits:
+                open_bits = {path: r for path, r in kernels[i].items() if r is recipe.default}
+                losses = _losses(job.model_spec, behind, open_bits, batches)
             if is_first():
-                host = jax.device_get(found)
+                host = {path: jax.device_get(one) for path, one in behind.fishers.items() if kernels[i][path].fisher}
                 arrays = {f"{path}:{field}": a for path, one in host.items() for field, a in one._asdict().items()}
-                np.savez(progress.fisher / f"{i}.npz", **arrays)
-    barrier("the Fisher information is there")
-    progress.keep("fisher", folder_digests(progress.fisher))
+                np.savez(_file(progress.fisher, i), **arrays)
+            barrier("the Fisher information of a layer is there")
+            progress.keep(_record(i), {"digest": file_digest(_file(progress.fisher, i)), "losses": losses})
+    barrier("the pass back is over")
+    if is_first():
+        shutil.rmtree(progress.backward)
 
 
-def read_fisher(folder: Path, layer: int) -> dict[str, Fisher]:
-    """What ``measure_fishers`` kept of a layer."""
-    with np.load(folder / f"{layer}.npz") as file:
-        paths = dict.fromkeys(name.rpartition(":")[0] for name in file.files)
-        return {path: Fisher(*(file[f"{path}:{field}"] for field in Fisher._fields)) for path in paths}
+def _losses(model_spec: ModelSpec, behind: LayerBehind, recipes: dict[str, LinearRecipe], batches: Batches) -> Losses:
+    kernels = recorded_kernels(recipes, behind.params)
+    stats = calibrate(model_spec, Stream(behind.params, behind.hidden), kernels, batches)
+    return {
+        path: np.asarray(expected_losses(behind.params[path], stats.of(path), behind.fishers[path], recipe)).tolist()
+        for path, recipe in recipes.items()
+    }
+
+
+def _finished(progress: RunProgress, layers: int) -> int:
+    """The lowest of the layers that are there, from the last one on."""
+    for i in reversed(range(layers)):
+        known, file = progress.measured(_record(i)), _file(progress.fisher, i)
+        if known is None or not file.is_file() or file_digest(file) != known["digest"]:
+            return i + 1
+    return 0
+
+
+def _record(layer: int) -> str:
+    return f"fisher.{layer}"
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"{layer}.npz"

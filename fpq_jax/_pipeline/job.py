@@ -20,6 +20,7 @@ from fpq_jax._checkpoints.model_folder import sidecars
 from fpq_jax._checkpoints.sources import open_original, resolve_model
 from fpq_jax._errors import check_at_least
 from fpq_jax._pipeline.batches import BATCH_TOKENS
+from fpq_jax._pipeline.choose_bits import check_bits
 from fpq_jax._pipeline.quantize_layers import linears
 from fpq_jax._pipeline.text import (
     CalibrationText,
@@ -125,6 +126,8 @@ def open_job(options: JobOptions, recipes: Sequence[Recipe]) -> Job:
     checkpoint = open_original(folder)
     for recipe in recipes:
         recipe.for_linears(linears(checkpoint).values())
+        if recipe.bits is not None:
+            check_bits(checkpoint, recipe.with_lorc_rank(checkpoint.model_config.lorc_rank))
     with progress_bar("reading the weights once", checkpoint.tensor_count) as advance:
         digest = from_first(checkpoint.digest(advance) if is_first() else None)
     config = checkpoint.model_config

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from fpq_jax._algorithms.fisher import Fisher
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.quantize_linears import Done, LinearResult, quantize_linears
-from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
+from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size

@@ -10,6 +10,7 @@ from fpq_jax._algorithms.quantize_linears import LinearResult
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._checkpoints.run_progress import RunProgress
 from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._pipeline.evaluation import Evaluation
 from fpq_jax._pipeline.job import Job
 from fpq_jax._pipeline.perplexity import Perplexity
 from fpq_jax._support.machine import peak_memory
@@ -75,7 +76,7 @@ def make_report(
     progress: RunProgress,
     results: list[LinearResult],
     original: dict[str, Perplexity],
-    quantized: dict[str, Perplexity],
+    quantized: Evaluation,
     seconds: float,
 ) -> dict[str, Any]:
     """The report's JSON (see docs/checkpoint.md)."""
@@ -101,8 +102,10 @@ def make_report(
         "perplexity": {
             spec: {
                 "original": original[spec].value,
-                "quantized": quantized[spec].value,
+                "quantized": quantized.values[spec].value,
                 "tokens": original[spec].tokens,
+                "kl_divergence": quantized.divergences[spec].kl,
+                "same_token": quantized.divergences[spec].same_token,
             }
             for spec in job.evaluation
         },

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
+from fpq_jax._algorithms.bit_allocation import hardest_candidate
 from fpq_jax._algorithms.quantize_linears import LinearResult
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._checkpoints.model_folder import copy_sidecars, write_manifest
 from fpq_jax._checkpoints.run_progress import RunProgress
 from fpq_jax._pipeline.batches import windows_at_once
+from fpq_jax._pipeline.choose_bits import choose_bits
 from fpq_jax._pipeline.estimate import Estimate, estimate
-from fpq_jax._pipeline.evaluation import Reader, perplexities
+from fpq_jax._pipeline.evaluation import Evaluation, Original, Reader, perplexities
 from fpq_jax._pipeline.fisher_pass import measure_fishers, read_fisher
 from fpq_jax._pipeline.job import Job
 from fpq_jax._pipeline.perplexity import Perplexity
@@ -31,7 +33,7 @@ from fpq_jax._pipeline.report import ROW_TITLE, make_report, row_text
 from fpq_jax._support.compile_cache import kept_programs
 from fpq_jax._support.console import console, progress_bar
 from fpq_jax._support.files import write_json
-from fpq_jax._support.mesh import is_first
+from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.placement import replicated
 from fpq_jax._support.trees import Flat
 from fpq_jax.models.parameters import part_names
@@ -53,8 +55,12 @@ def run_progress(job: Job, recipe: Recipe, output: Path | None) -> Iterator[RunP
 
 def check_estimate(job: Job, recipe: Recipe, progress: RunProgress) -> Estimate:
     """What the run takes of memory and disk; FpqError, with what would fit, if there is not so much."""
-    chosen = job.recipe_for_model(recipe).for_linears(linears(job.checkpoint).values())
+    recipe = job.recipe_for_model(recipe)
+    chosen = recipe.for_linears(linears(job.checkpoint).values())
     kernels = {path: chosen[name] for path, name in linears(job.checkpoint).items()}
+    if recipe.bits is not None:
+        hardest = hardest_candidate(recipe.default)
+        kernels = {path: hardest if one is recipe.default else one for path, one in kernels.items()}
     count, length = job.calibration.windows.shape
     evaluated = sum(len(windows) for windows in job.evaluation.values())
 
@@ -62,33 +68,74 @@ def check_estimate(job: Job, recipe: Recipe, progress: RunProgress) -> Estimate:
         at_once = windows_at_once(evaluated, length, job.model_spec, job.mesh, batch_tokens)
         windows, written = (count, length), progress.written()
         place, mesh = progress.model, job.mesh
-        behind = {"sequential": recipe.sequential, "compared": recipe.propagates}
-        return estimate(job.model_spec, kernels, windows, at_once, mesh, place, written, batch_tokens, **behind)
+        return estimate(
+            job.model_spec,
+            kernels,
+            windows,
+            at_once,
+            mesh,
+            place,
+            written,
+            batch_tokens,
+            sequential=recipe.sequential,
+            compared=recipe.propagates,
+            bits=recipe.bits,
+            states=evaluated,
+        )
 
     found = of(job.options.batch_tokens)
     found.check(progress.model, lambda: of(length), length)
     return found
 
 
-def measure_original(job: Job, progress: RunProgress | None = None) -> dict[str, Perplexity]:
-    """Perplexity of the unquantized model on each evaluation text; measured once, with ``progress``."""
-    kept = None if progress is None else progress.measured("original")
-    if kept is not None:
-        return {spec: Perplexity(*value) for spec, value in kept.items()}
-    measured = _measure(job, "original", lambda name: job.checkpoint.read_part(name, job.dtype), read_ahead=True)
-    if progress is not None:
-        progress.keep("original", {spec: list(value) for spec, value in measured.items()})
-    return measured
+class OriginalResult(NamedTuple):
+    """Perplexity of the unquantized model on each evaluation text, and the folder with its last hidden states."""
+
+    perplexity: dict[str, Perplexity]
+    states: Path
 
 
-def measure_quantized(job: Job, progress: RunProgress) -> dict[str, Perplexity]:
-    """Perplexity of the model whose parts are there, on each evaluation text."""
+def measure_original(job: Job, states: Path) -> OriginalResult:
+    """Measure the unquantized model; its last hidden states are kept in the new folder ``states``."""
+    if is_first():
+        states.mkdir()
+    barrier("there is a folder for the original's states")
+    return OriginalResult(_measure(job, "original", _read_original(job), read_ahead=True, keep=states).values, states)
+
+
+def _measured_once(job: Job, progress: RunProgress) -> OriginalResult:
+    kept = progress.measured("original")
+    if kept is not None and from_first(_sizes(progress.original) == kept["files"]):
+        return OriginalResult(
+            {spec: Perplexity(*value) for spec, value in kept["perplexity"].items()}, progress.original
+        )
+    if is_first():
+        shutil.rmtree(progress.original, ignore_errors=True)
+    found = measure_original(job, progress.original)
+    barrier("the original is measured")
+    values = {spec: list(value) for spec, value in found.perplexity.items()}
+    progress.keep("original", {"perplexity": values, "files": _sizes(progress.original)})
+    return found
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*"))}
+
+
+def measure_quantized(job: Job, progress: RunProgress, states: Path) -> Evaluation:
+    """Perplexity of the model whose parts are there, on each evaluation text, and its divergence from the original,
+    whose last hidden states are in the folder ``states``."""
     read = lambda name: progress.read(name, replicated(job.mesh))
+    original = Original(job.model_spec, _read_original(job), states)
     # a barrier of Orbax beside the layers' programs could be met in another order by another process
-    return _measure(job, "quantized", read, read_ahead=jax.process_count() == 1)
+    return _measure(job, "quantized", read, read_ahead=jax.process_count() == 1, original=original)
 
 
-def _measure(job: Job, which: str, read: Reader, *, read_ahead: bool) -> dict[str, Perplexity]:
+def _read_original(job: Job) -> Reader:
+    return lambda name: job.checkpoint.read_part(name, job.dtype)
+
+
+def _measure(job: Job, which: str, read: Reader, **options: Any) -> Evaluation:
     return perplexities(
         job.model_spec,
         read,
@@ -96,8 +143,8 @@ def _measure(job: Job, which: str, read: Reader, *, read_ahead: bool) -> dict[st
         job.mesh,
         title=f"{which}: ",
         batch_tokens=job.options.batch_tokens,
-        read_ahead=read_ahead,
-    ).values
+        **options,
+    )
 
 
 def quantize_parts(job: Job, recipe: Recipe, progress: RunProgress, *, rows: bool = True) -> list[LinearResult]:
@@ -154,19 +201,22 @@ def run_recipe(
     progress: RunProgress,
     *,
     began: float,
-    original: dict[str, Perplexity] | None = None,
+    original: OriginalResult | None = None,
     rows: bool = True,
 ) -> RunResult:
     """Measure, quantize, measure again; what is there already is not done again.
 
-    began: ``time.perf_counter`` at the start, for the report. original: perplexity of the unquantized model, if it is
-    known. rows: whether a line for each Linear is printed.
+    began: ``time.perf_counter`` at the start, for the report. original: of the unquantized model, if it is measured.
+    rows: whether a line for each Linear is printed.
     """
-    original = original or measure_original(job, progress)
-    measure_fishers(job, recipe, progress)
+    original = original or _measured_once(job, progress)
+    recipe = job.recipe_for_model(recipe)
+    losses = measure_fishers(job, recipe, progress)
+    if recipe.bits is not None:
+        recipe = choose_bits(job.checkpoint, recipe, losses)
     results = quantize_parts(job, recipe, progress, rows=rows)
-    quantized = measure_quantized(job, progress)
-    report = make_report(job, recipe, progress, results, original, quantized, time.perf_counter() - began)
+    quantized = measure_quantized(job, progress, original.states)
+    report = make_report(job, recipe, progress, results, original.perplexity, quantized, time.perf_counter() - began)
     return RunResult(report, results, progress.abstract())
 
 

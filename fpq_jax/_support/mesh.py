@@ -149,6 +149,11 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
     return np.asarray(bits).view(np.float64).sum(axis=0)
 
 
+def in_every_process(true: bool) -> bool:
+    """Whether this is so in all of them."""
+    return bool(sum_over_processes(np.array([float(true)]))[0] == jax.process_count())
+
+
 def from_first(value: Any) -> Any:
     """The first process's plain data, in each of them."""
     if jax.process_count() == 1:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.lorc import lorc
 from fpq_jax._algorithms.quantize_linears import LinearResult, quantize_linears
-from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
+from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats, InputStats
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.weight_layouts import is_quantized

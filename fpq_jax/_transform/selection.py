@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from fpq_jax._algorithms.recipe import LinearRecipe, Recipe
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
+from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.qtensor import Axes

@@ -1,0 +1,129 @@
+"""Which weights get more bits, so that the loss is least at an average.
+
+A weight has some candidates, which all run on the same FP8 product: its format in groups of some sizes, with a
+low-rank correction of some ranks, and FP8. One calibration pass gives the error of each, and with the weight's Fisher
+information what it costs (see ``fisher.py``). The costs of the weights add up, since their errors are as good as
+independent of each other. So what is to be chosen is one candidate for each weight with the least sum of costs at a
+given sum of bits, the multiple-choice knapsack problem, which HiGHS solves through SciPy.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fpq_jax._algorithms.fisher import Fisher, blended, expected_loss
+from fpq_jax._algorithms.joint import quantize_jointly
+from fpq_jax._algorithms.linear_recipe import LinearRecipe
+from fpq_jax._algorithms.lorc import lorc, nearest_low_rank
+from fpq_jax._algorithms.metric import factorize
+from fpq_jax._algorithms.statistics import InputStats
+from fpq_jax._errors import FpqError
+from fpq_jax._numerics.formats import E4M3
+from fpq_jax._numerics.qtensor import dequantize, quantize_array
+from fpq_jax._numerics.spec import GroupSize, QuantSpec
+from fpq_jax._support.trees import stored_bytes
+
+RANKS = (0, 4, 8, 16, 32)
+GROUP_SIZES = (32, 64, 128)
+_GAP = 1e-4  # of the best sum of costs, at which the solver may stop
+
+
+def candidates(recipe: LinearRecipe) -> tuple[LinearRecipe, ...]:
+    """What a weight of this recipe may become."""
+    ranks = (0,) if recipe.lorc is None else RANKS
+    wide = replace(recipe, spec=_wide(recipe.spec), lorc=None)
+    return (*(_with(recipe, group, rank) for group in _group_sizes(recipe.spec) for rank in ranks), wide)
+
+
+def hardest_candidate(recipe: LinearRecipe) -> LinearRecipe:
+    """The one that takes most memory to make."""
+    return max(candidates(recipe), key=lambda one: 0 if one.lorc is None else one.lorc.rank)
+
+
+@partial(jax.jit, static_argnums=3)
+def expected_losses(
+    w: Float[Array, "in out"], seen: InputStats, fisher: Fisher, recipe: LinearRecipe
+) -> Float[Array, " candidates"]:
+    """What each of a weight's ``candidates`` costs, in nats for each token.
+
+    Codes are found once for each format and group size. The low rank is then that of their error, not found in turn
+    with them.
+    """
+    mean = seen.hessian / jnp.maximum(seen.count, 1)
+    metric = factorize(blended(mean, fisher, recipe.fisher) if recipe.fisher else mean, recipe.damping, recipe.order)
+    of = lambda error: expected_loss(error, fisher)
+
+    def rounding_error(spec: QuantSpec) -> Array:
+        q = quantize_jointly(w, metric, replace(recipe, spec=spec, lorc=None))
+        return w.astype(jnp.float32) - dequantize(q)
+
+    losses = []
+    for group in _group_sizes(recipe.spec):
+        error = rounding_error(replace(recipe.spec, group_size=group))
+        losses.append(of(error))
+        if recipe.lorc is not None:
+            a, b = nearest_low_rank(error, metric, max(RANKS), 0)
+            losses += [of(error - a[:, :rank] @ b[:rank]) for rank in RANKS if rank]
+    return jnp.stack([*losses, of(rounding_error(_wide(recipe.spec)))])
+
+
+@cache
+def stored_bits(shape: tuple[int, int], recipe: LinearRecipe) -> int:
+    """All that a weight of this shape takes: codes, scales and low rank."""
+
+    def quantized(w: Array) -> Array:
+        q = quantize_array(w, recipe.spec)
+        if recipe.lorc is None:
+            return q
+        assert recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
+        return lorc(w, q, rank=recipe.lorc.rank, dtype=recipe.lorc.dtype)
+
+    return 8 * stored_bytes(jax.eval_shape(quantized, jax.ShapeDtypeStruct(shape, jnp.float32)))
+
+
+def allocate(losses: Mapping[str, Sequence[float]], bits: Mapping[str, Sequence[int]], most: float) -> dict[str, int]:
+    """Which candidate of each weight makes the sum of losses least, with at most so many bits in all.
+
+    FpqError where even the cheapest ones take more.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    least = sum(min(of) for of in bits.values())
+    if least > most:
+        raise FpqError(f"the least that the candidates take is {least:,} bits, and {most:,.0f} are allowed.")
+    names = list(losses)
+    owner = np.concatenate([np.full(len(losses[name]), i) for i, name in enumerate(names)])
+    each = np.arange(len(owner))
+    size = np.concatenate([np.asarray(bits[name], np.float64) for name in names]) / most
+    cost = np.concatenate([np.asarray(losses[name], np.float64) for name in names])
+    one_of_each = csr_array((np.ones(len(owner)), (owner, each)), (len(names), len(owner)))
+    found = milp(
+        cost / cost.max() if cost.max() > 0 else cost,
+        integrality=np.ones(len(owner)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_of_each, 1, 1), LinearConstraint(size[None], -np.inf, 1)],
+        options={"mip_rel_gap": _GAP},
+    )
+    assert found.x is not None, found.message
+    return {name: int(np.argmax(found.x[owner == i])) for i, name in enumerate(names)}
+
+
+def _with(recipe: LinearRecipe, group: GroupSize, rank: int) -> LinearRecipe:
+    correction = replace(recipe.lorc, rank=rank) if recipe.lorc is not None and rank else None
+    return replace(recipe, spec=replace(recipe.spec, group_size=group), lorc=correction)
+
+
+def _group_sizes(spec: QuantSpec) -> tuple[GroupSize, ...]:
+    if isinstance(spec.group_size, str):
+        return (spec.group_size,)
+    return (spec.group_size, *(size for size in GROUP_SIZES if size < spec.group_size))
+
+
+def _wide(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, format=E4M3, group_size="channel", constraint=None, exponent_rounding="up", compute_rows=1)
