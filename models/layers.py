@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._matmul.linear import linear, linears
+from fpq_jax._numerics.qtensor import QTensor, take_outputs
 from fpq_jax._support.mesh import MODEL, over_model
 
 _INIT_STDDEV = 0.02
@@ -107,29 +108,38 @@ class LayerNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table of token vectors, and its transpose as an output head.
 
-    mesh: of the devices that have a part of the vocabulary each, or None.
+    The table is an array [tokens, D], or a QTensor whose outputs are the tokens. mesh: of the devices that have a part
+    of the vocabulary each, or None.
     """
 
     mesh: Mesh | AbstractMesh | None = None
 
     def __init__(self, num_embeddings: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embedding = nnx.Param(nnx.initializers.normal(_INIT_STDDEV)(rngs.params(), (num_embeddings, size), dtype))
+        self.dtype = jnp.dtype(dtype)  # of the vectors that a quantized table gives
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.embedding.get_value()
         if self.mesh is None:
-            return jnp.take(table, tokens, axis=0)
+            return self._vectors(table, tokens)
 
         def found(table, tokens):
-            at = tokens - jax.lax.axis_index(MODEL) * len(table)
-            here = (at >= 0) & (at < len(table))
-            return jax.lax.psum(jnp.where(here[..., None], jnp.take(table, at, axis=0, mode="clip"), 0), MODEL)
+            size = len(table.codes if isinstance(table, QTensor) else table)
+            at = tokens - jax.lax.axis_index(MODEL) * size
+            here = (at >= 0) & (at < size)
+            return jax.lax.psum(jnp.where(here[..., None], self._vectors(table, at), 0), MODEL)
 
         # left to XLA, one token's vector costs the whole table, gathered in every step
         return over_model(found, self.mesh, (P(MODEL), P()), P())(table, tokens)
 
+    def _vectors(self, table, tokens):
+        if isinstance(table, QTensor):
+            return take_outputs(table, tokens, self.dtype)
+        return jnp.take(table, tokens, axis=0, mode=None if self.mesh is None else "clip")
+
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        return x @ self.embedding.get_value().T
+        table = self.embedding.get_value()
+        return linear(x, table) if isinstance(table, QTensor) else x @ table.T
 
 
 def rotate(

@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._support.trees import Flat, flatten, unflatten
 
 EMBEDDING, HEAD = "embedding", "head"  # the parts before and behind the layers
+TABLE, HEAD_KERNEL = "embed_tokens.embedding", "lm_head.kernel"  # a tied table is the head, too
 
 
 def abstract_model(model_class: Any, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
@@ -53,8 +55,10 @@ def with_params(module: Any, params: Flat) -> Any:
 
 
 def build_model(model_class: Any, config: Any, params: Flat) -> Any:
-    """A model that holds ``params`` on the default device."""
-    return with_params(abstract_model(model_class, config), jax.tree.map(jnp.asarray, params))
+    """A model that holds ``params`` on the default device; it computes in the dtype that most of them have."""
+    dtypes = [str(leaf.dtype) for leaf in params.values() if not isinstance(leaf, QTensor)]
+    dtype = jnp.dtype(max(set(dtypes), key=dtypes.count))
+    return with_params(abstract_model(model_class, config, dtype), jax.tree.map(jnp.asarray, params))
 
 
 def tensor_name(model_class: Any, path: str) -> str:

@@ -77,7 +77,7 @@ def on_mesh(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Embedding):
             where = sharding(type(model), f"{path[-1]}.embedding", module.embedding.get_value(), mesh)
-            module.mesh = None if where.is_fully_replicated else mesh
+            module.mesh = None if jax.tree.leaves(where)[0].is_fully_replicated else mesh
     return model
 
 
@@ -92,21 +92,30 @@ def prepare_in_place(model: Any, weights: str, attention: str = "xla") -> Any:
         if hasattr(block, "implementation"):
             block.implementation = attention
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear | MergedLinear) and is_quantized(kernel := module.kernel.get_value()):
+        parameter = _weight(module)
+        if parameter is not None and is_quantized(kernel := parameter.get_value()):
             placement = _Placement(model, str(path[-1]))
             if model.mesh is not None and isinstance(kernel, QTensor) and kernel.has_fp8_form:
                 check_exponents(kernel)  # which jit hides from ``weights``
-            kernel = placement.computed(to_layout, kernel, layout=weights, pad=model.mesh is None)
+            part = "embedding" if isinstance(module, Embedding) else "kernel"
+            kernel = placement.computed(to_layout, kernel, part=part, layout=weights, pad=model.mesh is None)
             if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
                 model.decode_rows = FP8_MULTIPLE
                 kernel = placement.row_parallel(kernel)
-            module.kernel.set_value(kernel)
+            parameter.set_value(kernel)
     own = [kernel for kernel in params_of(model).values() if isinstance(kernel, Fragments)]
     if own and all(kernel.low_rank is None for kernel in own):
         # XLA makes three kernels of one row's norm and absmax, and two of several rows'; LoRC's products cost more then
         model.decode_rows = max(model.decode_rows, 2)
     model.prepared = True
     return model
+
+
+def _weight(module: Any) -> Any:
+    """The parameter of a module that ``linear`` multiplies with."""
+    if isinstance(module, Linear | MergedLinear):
+        return module.kernel
+    return module.embedding if isinstance(module, Embedding) else None
 
 
 class _Placement:

@@ -11,7 +11,8 @@ from conftest import OPT_CONFIG, TINY_CONFIG, random_tensors, write_checkpoint
 from flax import nnx
 
 from fpq_jax import FpqError, Generator, QuantSpec, Sampling, load, lorc, make_mesh, prepare, quantize_array, save
-from fpq_jax.models.parameters import params_of, with_params
+from fpq_jax._algorithms.fp8_table import quantize_table
+from fpq_jax.models.parameters import HEAD_KERNEL, TABLE, params_of, with_params
 
 # key-value heads: LLaMA's 2, OPT's 4
 CONFIGS = {name: c | {"num_hidden_layers": 1} for name, c in (("llama", TINY_CONFIG), ("opt", OPT_CONFIG))}
@@ -33,6 +34,10 @@ def folders(tmp_path_factory):
         params = params_of(model := load(root / name.partition("-")[0]))
         for path in [p for p in params if p.startswith("layers.") and p.endswith("kernel")]:
             params[path] = lorc(params[path], _quantize(params[path], spec), rank=2)
+        if spec is M2:
+            params[TABLE] = quantize_table(params[TABLE], spec.activation)
+            if HEAD_KERNEL in params:
+                params[HEAD_KERNEL] = quantize_table(params[HEAD_KERNEL].T, spec.activation)
         save(root / name, with_params(model, params))
     return root
 
@@ -73,9 +78,8 @@ def test_a_checkpoint_is_restored_straight_onto_any_mesh(folders, sizes):
         assert len(b.sharding.device_set) == sizes[0] * sizes[1]
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     parts = lambda array: array.addressable_shards[0].data.size * sizes[1]
-    for path in ("layers.0.self_attn.q_proj.kernel", "layers.0.mlp.down_proj.kernel"):
+    for path in ("layers.0.self_attn.q_proj.kernel", "layers.0.mlp.down_proj.kernel", HEAD_KERNEL, TABLE):
         assert parts(many[path].codes) == many[path].codes.size
-    assert parts(many["lm_head.kernel"]) == many["lm_head.kernel"].size
 
 
 def test_a_model_on_a_mesh_is_saved_as_any_other(folders, tmp_path):

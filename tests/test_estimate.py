@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fpq_jax import FpqError, Recipe, make_mesh
+from fpq_jax._algorithms.recipe import Rule
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._pipeline.estimate import Estimate, estimate
 from fpq_jax._pipeline.quantize_layers import linears
@@ -61,22 +62,30 @@ def test_fewer_tokens_a_batch_fewer_windows_and_what_is_written_take_less(tiny_l
     checkpoint = HfCheckpoint(tiny_llama)
     model_spec = ModelSpec(checkpoint.model_class, checkpoint.model_config, jnp.dtype("float32"))
     recipe = Recipe.load("w4a8-fp-m2-lorc").with_lorc_rank(4)
-    chosen = recipe.for_linears(linears(checkpoint).values())
-    kernels = {path: chosen[name] for path, name in linears(checkpoint).items()}
-    of = lambda windows, **more: estimate(model_spec, kernels, (windows, 64), 64, make_mesh(), tiny_llama, **more)
+    names = linears(checkpoint)
+
+    def of(windows, recipe=recipe, **more):
+        return estimate(model_spec, recipe, names, (windows, 64), 64, make_mesh(), tiny_llama, **more)
+
     large, small = of(256), of(256, batch_tokens=64)
     assert small.device < large.device and small.disk == large.disk and small.per_window == 64 * 48 * 4
     more = of(756, batch_tokens=64)
     assert (more.host - more.resident) - (small.host - small.resident) == 500 * small.per_window
-    beside, thrice = (of(windows, batch_tokens=64, sequential=True, compared=True) for windows in (256, 756))
+    linear = replace(recipe.default, lorc=None, error_propagation=0.5)
+    behind = replace(recipe, default=linear, sequential=True)
+    beside, thrice = (of(windows, behind, batch_tokens=64) for windows in (256, 756))
     assert (thrice.host - thrice.resident) - (beside.host - beside.resident) == 2 * 500 * small.per_window
     assert of(256, written=1000).disk == large.disk - 1000
+    assert of(256, states=10).disk == large.disk + 10 * small.per_window
+    # what is in FP8 takes a byte, and four for each token's scale
+    assert large.disk - of(256, replace(recipe, embedding="e4m3")).disk == 300 * (48 * 3 - 4)
     # gradients: what the layers are given, and the Fisher information, are on the disk until the result is there
-    kernels = {path: replace(recipe, fisher=0.2, lorc=None) for path, recipe in kernels.items()}
-    plain = {path: replace(recipe, fisher=0.0) for path, recipe in kernels.items()}
-    more = of(256).disk
-    kernels, factors = plain, 2 * 4 * (6 * 48**2 + 80**2)
-    assert more - of(256).disk == 2 * 64 * (64 * 48 * 4) + factors
-    # every Linear left as it is: nothing is captured or solved
-    kernels = dict.fromkeys(kernels)
-    assert of(256).disk > large.disk
+    plain = replace(recipe, default=replace(recipe.default, lorc=None))
+    with_fisher = replace(plain, default=replace(plain.default, fisher=0.2))
+    assert of(256, with_fisher).disk - of(256, plain).disk == (2 + 2) * 64 * (64 * 48 * 4) + 2 * 4 * (6 * 48**2 + 80**2)
+    # bits decide what the layers take
+    more, fewer = (of(256, plain.with_bits(bits)).disk for bits in (8, 6))
+    assert more - fewer == 2 * sum(2 * size // 8 for size in [48 * 48] * 2 + [48 * 24] * 2 + [48 * 80] * 3)
+    # every Linear but one left as it is: hardly anything is captured or solved
+    rules = (Rule(match="*", change=None), Rule(match="*.0.*.q_proj", change=recipe.default))
+    assert of(256, replace(recipe, rules=rules)).disk > large.disk

@@ -288,6 +288,9 @@ def test_mistakes_are_said():
         fpq.quantize_params({"a": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}, PLAIN)
     with error("leaves every parameter as it is"):
         fpq.quantize_params({"a": {"kernel": jnp.ones((0, 8))}}, PLAIN)
+    for more in ({"bits": 5.0}, {"embedding": "e4m3"}, {"head": "e4m3"}):
+        with error(f"has {next(iter(more))}, which is for python -m fpq_jax.quantize"):
+            fpq.quantize_params(params, replace(PLAIN, **more))
     with error("a.kernel is traced, and GPTQ is not to be"):
         jax.jit(lambda p: fpq.quantize_params(p, PLAIN, {"a.kernel": jnp.eye(16)}))(params)
     small = fpq.quantize_params(params, PLAIN)

@@ -30,11 +30,13 @@ def quantize_jointly(
     recipe: LinearRecipe,
     *,
     seed: int | Array = 0,
+    rank: int | Array | None = None,
     gather: Columns = lambda m: m,
     own: Columns = lambda m: m,
 ) -> QTensor:
     """A weight, or what it should be, with codes and, where the recipe has it weighted, low rank.
 
+    ``rank``: how much of the recipe's is used, the rest being zeros; None for all of it.
     Where the outputs are divided over devices, ``w`` are a device's own; ``gather`` gives all columns of a matrix that
     is divided so, ``own`` a device's of a whole one.
     """
@@ -60,10 +62,10 @@ def quantize_jointly(
         values, _, scales = codes(w)
         return tensor(values, scales)
     assert lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
-    rank, dtype = lorc.rank, lorc.dtype
+    most, dtype = lorc.rank, lorc.dtype
 
     def low_rank(error: Array) -> LowRank:
-        found = weighted_low_rank(gather(error), metric, rank, dtype, seed)
+        found = weighted_low_rank(gather(error), metric, most, dtype, seed, rank)
         return replace(found, b=own(found.b))
 
     def step(_, state):

@@ -66,17 +66,27 @@ def lorc(
 
 
 def weighted_low_rank(
-    error: Float[Array, "in out"], metric: Metric, rank: int, dtype: FactorDtype, seed: int | Array
+    error: Float[Array, "in out"],
+    metric: Metric,
+    rank: int,
+    dtype: FactorDtype,
+    seed: int | Array,
+    kept: int | Array | None = None,
 ) -> LowRank:
     """``nearest_low_rank`` as it is stored."""
-    return _factors(*nearest_low_rank(error, metric, rank, seed), dtype)
+    return _factors(*nearest_low_rank(error, metric, rank, seed, kept), dtype)
 
 
 def nearest_low_rank(
-    error: Float[Array, "in out"], metric: Metric, rank: int, seed: int | Array
+    error: Float[Array, "in out"], metric: Metric, rank: int, seed: int | Array, kept: int | Array | None = None
 ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
-    """The low-rank matrix nearest to ``error`` in the metric, in factors of equal norm, by falling singular values."""
+    """The low-rank matrix nearest to ``error`` in the metric, in factors of equal norm, by falling singular values.
+
+    ``kept``: how many of them, where some of the ``rank`` are to be zero.
+    """
     u, s, vt = truncated_svd(matmul(metric.factor, error[metric.order]), min(rank, *error.shape), seed)
+    if kept is not None:
+        s = jnp.where(jnp.arange(len(s)) < kept, s, 0.0)
     a = jax.scipy.linalg.solve_triangular(metric.factor, u * s, lower=True)
     a = jnp.zeros_like(a).at[metric.order].set(a)
     norms = jnp.sqrt(jnp.linalg.norm(a, axis=0))

@@ -36,6 +36,7 @@ from fpq_jax._support.mesh import AXES
 from fpq_jax._support.placement import abstract, broadcast_from, per_device, replicate
 from fpq_jax._support.trees import Flat
 
+_RANKS = 32  # weighted corrections of up to so many ranks are made by one program
 _TOLERANCE = 1.001  # GPTQ's error may exceed rounding's by this factor of float noise
 Timer = Callable[[str, float], None]  # takes a stage and seconds
 
@@ -210,7 +211,9 @@ def _result(
             notes.append(f"damping raised to {damping:g} until Cholesky succeeded")
         if int(found.gptq.dead):
             notes.append(f"{int(found.gptq.dead)} inputs were zero throughout calibration: their weights are zero now")
-        if share(found.outputs.lost) > rounding_error * _TOLERANCE:
+        # with these, what is least is not this error alone
+        least = not (recipe.fisher or recipe.error_propagation)
+        if least and share(found.outputs.lost) > rounding_error * _TOLERANCE:
             notes.append("GPTQ's error is above plain rounding's")
     if zeros := int(np.sum(found.outputs.zero)):
         notes.append(f"{zeros} output rows are all zero")
@@ -225,7 +228,10 @@ def abstract_quantize(shape: tuple[int, int], dtype: DTypeLike, recipe: LinearRe
     seen = InputStats(square, jax.ShapeDtypeStruct((), jnp.int32), cross)
     outputs = jax.ShapeDtypeStruct((shape[1],), jnp.float32)
     fisher = Fisher(square, outputs, jax.ShapeDtypeStruct((), jnp.int32)) if recipe.fisher else None
-    return quantize_kernel.lower(w, *abstract((seen,), mesh, P()), recipe, mesh, 0, abstract(fisher, mesh, P()))
+    one_for_all, rank = _of_any_rank(recipe)
+    return _quantize_kernel.lower(
+        w, *abstract((seen,), mesh, P()), one_for_all, mesh, 0, abstract(fisher, mesh, P()), rank
+    )
 
 
 def _divides(outputs: int, mesh: Mesh, spec: QuantSpec) -> bool:
@@ -242,7 +248,6 @@ def _side_by_side(weights: list[Float[Array, "in _"]], sharding: NamedSharding) 
     return jax.lax.with_sharding_constraint(jnp.concatenate(weights, axis=1), sharding)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
 def quantize_kernel(
     w: Float[Array, "in out"],
     seen: InputStats,
@@ -252,10 +257,42 @@ def quantize_kernel(
     fisher: Fisher | None = None,
 ) -> _Quantized:
     """Quantize ``w``, its outputs divided over the mesh; statistics are on every device."""
+    one_for_all, rank = _of_any_rank(recipe)
+    found = _quantize_kernel(w, seen, one_for_all, mesh, seed, fisher, rank)
+    return found if rank is None else found._replace(q=_with_rank(found.q, min(rank, *w.shape)))
+
+
+def _of_any_rank(recipe: LinearRecipe) -> tuple[LinearRecipe, int | None]:
+    """The recipe whose program is that of all which differ in the rank of a weighted correction, and the rank."""
+    if not recipe.corrects_jointly:
+        return recipe, None
+    assert recipe.lorc is not None and recipe.lorc.rank != "auto", "Recipe.with_lorc_rank comes first"
+    rank = recipe.lorc.rank
+    return replace(recipe, lorc=replace(recipe.lorc, rank=-(-rank // _RANKS) * _RANKS)), rank
+
+
+@partial(jax.jit, static_argnums=1)
+def _with_rank(q: QTensor, rank: int) -> QTensor:
+    """Without the zeros behind the rank."""
+    low = q.low_rank
+    assert low is not None
+    return replace(q, low_rank=LowRank(low.a[:, :rank], low.b[:rank], None if low.scale is None else low.scale[:rank]))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _quantize_kernel(
+    w: Float[Array, "in out"],
+    seen: InputStats,
+    recipe: LinearRecipe,
+    mesh: Mesh,
+    seed: int | Array,
+    fisher: Fisher | None,
+    rank: int | Array | None,
+) -> _Quantized:
     spec = recipe.spec
 
     def local(
-        w: Array, seen: InputStats, seed: Array, fisher: Any, gather: Columns = _whole, own: Columns = _whole
+        w: Array, seen: InputStats, seed: Array, fisher: Any, rank: Any, gather: Columns = _whole, own: Columns = _whole
     ) -> _Quantized:
         mean = _mean(seen.hessian, seen.count)
         rounded = quantize_array(w, spec)
@@ -268,7 +305,8 @@ def quantize_kernel(
                 target = propagated(target, metric, _mean(seen.cross, seen.count), recipe.error_propagation)
             if recipe.fisher:
                 metric = factorize(blended(mean, fisher, recipe.fisher), recipe.damping, recipe.order)
-            q, stats = quantize_jointly(target, metric, recipe, seed=seed, gather=gather, own=own), metric.stats
+            q = quantize_jointly(target, metric, recipe, seed=seed, rank=rank, gather=gather, own=own)
+            stats = metric.stats
         else:
             q, stats = gptq_with_stats(w, mean, spec, damping=recipe.damping)
         rounding, total = column_errors(w, dequantize(rounded), mean), column_errors(w, jnp.zeros_like(w), mean)
@@ -278,18 +316,18 @@ def quantize_kernel(
 
     seed = jnp.asarray(seed)
     if not _divides(w.shape[1], mesh, spec):
-        return local(w, seen, seed, fisher)
+        return local(w, seen, seed, fisher, rank)
     columns = w.shape[1] // mesh.size
     gather = lambda m: jax.lax.all_gather(m, AXES, axis=1, tiled=True)
     own = lambda m: jax.lax.dynamic_slice_in_dim(m, jax.lax.axis_index(AXES) * columns, columns, axis=1)
 
-    def of_device(w: Array, seen: InputStats, seed: Array, fisher: Any) -> tuple[_Quantized, LowRank | None]:
-        found = local(w, seen, seed, fisher, gather, own)
+    def of_device(w: Array, seen: InputStats, seed: Array, fisher: Any, rank: Any) -> tuple[_Quantized, LowRank | None]:
+        found = local(w, seen, seed, fisher, rank, gather, own)
         return found._replace(q=replace(found.q, low_rank=None)), found.q.low_rank
 
     axes: Any = P(AXES), P(), P()
     out = _Quantized(*axes), LowRank(P(), P(None, AXES), P()) if recipe.corrects_jointly else P()
-    found, low_rank = per_device(of_device, mesh, (P(None, AXES), P(), P(), P()), out)(w, seen, seed, fisher)
+    found, low_rank = per_device(of_device, mesh, (P(None, AXES), *[P()] * 4), out)(w, seen, seed, fisher, rank)
     return found._replace(q=replace(found.q, shape=w.shape, low_rank=low_rank))
 
 

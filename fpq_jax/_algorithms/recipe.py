@@ -12,9 +12,11 @@ import yaml
 
 from fpq_jax._algorithms.linear_recipe import LinearRecipe, linear_recipe, mapping, near, plain
 from fpq_jax._errors import FpqError
+from fpq_jax._numerics.formats import E4M3, Format, get_format
 from fpq_jax._numerics.qtensor import Kind
 
 DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
+_OF_ALL = ("sequential", "bits", "embedding", "head")  # keys of the whole recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,11 @@ class Recipe:
     - ``bits``: how many bits the weights are to take on average, all that is stored counted. Each Linear that no rule
       fits then becomes what the loss is least with at that average: the format of ``weight`` in groups of its size or
       smaller ones, with ``lorc`` of any rank or none, or FP8 (see ``bit_allocation.py``).
+    - ``embedding``, ``head``: ``e4m3`` to have the table of token vectors, or the last kernel, in FP8 with a power of
+      two as each token's scale; both or none where they are one. The head meets activations as the default has them.
     - ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
-      former keys but ``sequential`` and ``bits``, with ``axes`` such as ``in out`` for parameters of other trees.
+      former keys that are not of the whole recipe (``sequential``, ``bits``, ``embedding``, ``head``), with ``axes``
+      such as ``in out`` for parameters of other trees.
 
     Attributes:
         name: what messages and reports call it.
@@ -71,6 +76,8 @@ class Recipe:
         rules: what is different for the parameters that fit a pattern, in order.
         sequential: whether each stage of a layer is calibrated behind the quantized stages before it, as layers are.
         bits: of a weight on average, see above; None for what the default and the rules say.
+        embedding: format of the table of token vectors, None to leave it as it is.
+        head: format of the last kernel, None to leave it as it is.
 
     Raises:
         FpqError: a field has an impossible value, or two contradict each other.
@@ -88,6 +95,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     sequential: bool = False
     bits: float | None = None
+    embedding: Format | None = None
+    head: Format | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sequential, bool):
@@ -96,6 +105,11 @@ class Recipe:
             raise FpqError("error_propagation needs sequential: true; without it weights get worse.")
         if self.bits is not None:
             self._check_bits()
+        for name in ("embedding", "head"):
+            if (fmt := getattr(self, name)) is not None:
+                object.__setattr__(self, name, fmt := get_format(fmt))
+                if fmt is not E4M3:
+                    raise FpqError(f"{name} is {fmt}; it must be e4m3, or nothing.")
 
     def _check_bits(self) -> None:
         spec, lorc = self.default.spec, self.default.lorc
@@ -181,7 +195,7 @@ class Recipe:
         """
         options = dict(options)
         name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
-        of_all = {key: options.pop(key) for key in ("sequential", "bits") if key in options}
+        of_all = {key: options.pop(key) for key in _OF_ALL if key in options}
         default = linear_recipe(LinearRecipe(), options)
         if not isinstance(rules, list):
             raise FpqError("rules must be a list.")
@@ -263,6 +277,12 @@ class Recipe:
             FpqError: the recipe does not go with ``bits``.
         """
         return replace(self, bits=bits)
+
+    @property
+    def head_activation(self) -> Format | None:
+        """What the activations of a quantized head are rounded to, as those of the default are if that is FP8."""
+        activation = self.default.spec.activation
+        return activation if activation is not None and activation.is_float8 else None
 
     def with_lorc_rank(self, rank: int) -> "Recipe":
         """Changes the rank of LoRC where it is ``"auto"``.

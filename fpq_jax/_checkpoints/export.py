@@ -62,19 +62,31 @@ class Export:
     @cached_property
     def weights(self) -> dict[str, QTensor]:
         """Every quantized Linear's shapes, by its name."""
-        return _weights(self.checkpoint.model_class, self.leaves)
+        return _weights(self.checkpoint.model_class, self.leaves, self.name)
 
     def _tensors(self) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
         """Name, shape and dtype of all there is to write, in the order in which it is read."""
         for path, leaf in self.leaves.items():
-            if isinstance(leaf, QTensor):
+            if self._in_scheme(path, leaf):
                 linear = self._linear(path)
                 for suffix, expected in self.scheme.expected(linear, leaf.shape).items():
                     dtype = DTYPES[expected.dtypes[0]]
                     yield f"{linear}.{suffix}", jax.ShapeDtypeStruct(expected.shapes[0], dtype)
             else:
-                shape = leaf.shape[::-1] if is_kernel(path) else leaf.shape
-                yield self._tensor(path), jax.ShapeDtypeStruct(shape, self.scheme.dtype or leaf.dtype)
+                dense = jax.eval_shape(partial(self._dense, path), leaf)
+                shape = dense.shape[::-1] if is_kernel(path) else dense.shape
+                yield self._tensor(path), jax.ShapeDtypeStruct(shape, self.scheme.dtype or dense.dtype)
+
+    def _in_scheme(self, path: str, leaf: Any) -> bool:
+        """Whether it is written as quantized."""
+        return isinstance(leaf, QTensor) and _is_written_quantized(path, self.name)
+
+    def _dense(self, path: str, leaf: Any) -> Any:
+        """As other tools have it; the values of an embedding or head in FP8 are exact in 16 bits."""
+        if not isinstance(leaf, QTensor):
+            return leaf
+        w = dequantize(leaf, self.checkpoint.dtype)
+        return w if is_kernel(path) else w.T
 
     def _tensor(self, path: str) -> str:
         return tensor_name(self.checkpoint.model_class, path)
@@ -112,8 +124,8 @@ class Export:
         return writer
 
     def _write(self, path: str, leaf: Any, writer: TensorsWriter, adapter: AdapterWriter) -> None:
-        if not isinstance(leaf, QTensor):
-            name = self._tensor(path)
+        if not self._in_scheme(path, leaf):
+            leaf, name = self._dense(path, leaf), self._tensor(path)
             values = leaf if self.scheme.dtype is None else leaf.astype(self.scheme.dtype)
             _check_finite(name, jnp.isfinite(leaf).all(), jnp.isfinite(values).all())
             writer.write(name, np.asarray(values.T if is_kernel(path) else values))
@@ -170,7 +182,7 @@ def prepare_export(
     """What exporting the model in the format takes. FpqError for what the format cannot hold, with one that can."""
     parts = part_names(checkpoint.model_config)
     leaves: Flat = {path: leaf for part in parts for path, leaf in checkpoint.abstract_part(part).items()}
-    weights = _weights(checkpoint.model_class, leaves)
+    weights = _weights(checkpoint.model_class, leaves, name)
     if not weights:
         raise FpqError(f"{checkpoint.folder} is not quantized; name a directory that quantize wrote.")
     has_lorc = any(q.low_rank is not None for q in weights.values())
@@ -205,9 +217,15 @@ def _instead(weights: dict[str, QTensor]) -> str:
     return "Export it as bf16, which rounds it to bfloat16, or as safetensors, which is exact and for fpq_jax alone."
 
 
-def _weights(model_class: Any, leaves: Flat) -> dict[str, QTensor]:
-    """The quantized ones, by the Linear's name."""
-    return {linear_name(model_class, path): q for path, q in leaves.items() if isinstance(q, QTensor)}
+def _weights(model_class: Any, leaves: Flat, name: FormatName) -> dict[str, QTensor]:
+    """What is written as quantized, by the Linear's name."""
+    quantized = {path: q for path, q in leaves.items() if isinstance(q, QTensor)}
+    return {linear_name(model_class, path): q for path, q in quantized.items() if _is_written_quantized(path, name)}
+
+
+def _is_written_quantized(path: str, name: FormatName) -> bool:
+    """Other tools have no place for an embedding or a head that is quantized."""
+    return name == "safetensors" or path.startswith("layers.")
 
 
 def _merged_shapes(weights: dict[str, QTensor]) -> dict[str, QTensor]:

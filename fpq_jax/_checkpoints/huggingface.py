@@ -25,7 +25,7 @@ from fpq_jax._storage.safetensors_writer import DTYPES
 from fpq_jax._storage.scheme import Expected, ReadableScheme
 from fpq_jax._storage.tensor_files import SafetensorsFile, TensorFile, listed, open_files
 from fpq_jax._support.trees import Flat
-from fpq_jax.models.parameters import is_kernel, parameter_shapes, part_of, tensor_name
+from fpq_jax.models.parameters import TABLE, is_kernel, parameter_shapes, part_of, tensor_name
 from fpq_jax.models.registry import model_class_of
 
 _BLOCK = 2**22  # values looked at together
@@ -79,8 +79,9 @@ class HfCheckpoint:
     def _parameter(self, path: str, shape: tuple[int, ...]) -> _Parameter:
         name = tensor_name(self.model_class, path)
         linear = name.removesuffix(".weight")
-        if self.scheme is not None and is_kernel(path) and self.scheme.stores(linear, self._where):
-            expected = self.scheme.expected(linear, (shape[0], shape[1]))
+        if self.scheme is not None and _may_be_quantized(path) and self.scheme.stores(linear, self._where):
+            shape = _in_out(path, shape)
+            expected = self.scheme.expected(linear, shape)
             names = {part: f"{linear}.{part}" for part in expected}
             if (factors := tensor_names(linear))["lora_A"] in self._where:
                 names |= factors
@@ -228,11 +229,20 @@ class HfCheckpoint:
         return np.ascontiguousarray(converted.T) if is_kernel(path) else converted
 
     def _quantized(self, path: str, tensors: Mapping[str, Any]) -> QTensor:
-        inputs, outputs = self.shapes[path]
         linear = self._parameters[path].linear
         assert self.scheme is not None and linear is not None
-        q = self.scheme.qtensor(linear, tensors, (inputs, outputs))
+        q = self.scheme.qtensor(linear, tensors, _in_out(path, self.shapes[path]))
         return replace(q, low_rank=low_rank_of(tensors)) if "lora_A" in tensors else q
+
+
+def _may_be_quantized(path: str) -> bool:
+    return is_kernel(path) or path == TABLE
+
+
+def _in_out(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """A quantized parameter's logical shape; the outputs of a table are its tokens."""
+    first, second = shape
+    return (first, second) if is_kernel(path) else (second, first)
 
 
 def _scheme(config: Mapping[str, Any], files: set[TensorFile]) -> ReadableScheme | None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fpq_jax._errors import FpqError
 from fpq_jax._generation.row_sharding import Rows
+from fpq_jax._numerics.qtensor import QTensor
 
 KvCache = Literal["model", "float8"]
 _MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serve again
@@ -82,7 +83,10 @@ def cache_dtype(model: Any, kv_cache: str) -> DTypeLike:
     """What a cache's keys and values are held in: as the model computes, or FP8 codes with scales. FpqError else."""
     if kv_cache not in get_args(KvCache):
         raise FpqError(f"kv_cache is {kv_cache!r}; it must be {' or '.join(get_args(KvCache))}.")
-    return jnp.float8_e4m3fn if kv_cache == "float8" else model.embed_tokens.embedding.get_value().dtype
+    if kv_cache == "float8":
+        return jnp.float8_e4m3fn
+    table = model.embed_tokens.embedding.get_value()
+    return model.embed_tokens.dtype if isinstance(table, QTensor) else table.dtype
 
 
 class Generator:

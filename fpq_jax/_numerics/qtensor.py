@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.formats import E4M3, decode, encode, pack, unpack
@@ -272,6 +272,13 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32, *, low_rank: bool = T
     if low_rank and q.low_rank is not None:
         w = w + q.low_rank.product()
     return w.astype(dtype)
+
+
+def take_outputs(q: QTensor, index: Int[Array, "*batch"], dtype: DTypeLike) -> Float[Array, "*batch in"]:
+    """The weights of some outputs of a weight with one scale for each, as a table of vectors has them."""
+    codes = jnp.take(q.codes, index, axis=0, mode="clip")[..., : q.shape[0]]
+    scales = jnp.take(q.row_scale, index, axis=0, mode="clip")
+    return (decode(codes, q.spec.format) * scales).astype(dtype)
 
 
 def group_scales(q: QTensor) -> Float[Array, "out groups"]:

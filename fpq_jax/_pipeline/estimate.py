@@ -3,22 +3,25 @@
 A program's memory is XLA's own analysis of it: the largest ones are compiled here, and run later.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from fpq_jax._algorithms.bit_allocation import stored_bits
+from fpq_jax._algorithms.bit_allocation import hardest_candidate, stored_bits
 from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.quantize_linears import abstract_quantize, side_by_side
+from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.backward import abstract_backward, fisher_windows
 from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
 from fpq_jax._pipeline.calibration import abstract_calibrate, stages
 from fpq_jax._pipeline.layerwise import abstract_logits
+from fpq_jax._pipeline.quantize_layers import with_fp8_tables
 from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
 from fpq_jax._support.trees import Flat, stored_bytes
@@ -104,30 +107,31 @@ class Estimate:
 
 def estimate(
     model_spec: ModelSpec,
-    recipes: dict[str, LinearRecipe | None],
+    recipe: Recipe,
+    names: Mapping[str, str],
     windows: tuple[int, int],
     evaluated: int,
     mesh: Mesh,
     place: Path,
     written: int = 0,
     batch_tokens: int = BATCH_TOKENS,
-    *,
-    sequential: bool = False,
-    compared: bool = False,
-    bits: float | None = None,
     states: int = 0,
 ) -> Estimate:
     """Of quantizing with ``windows`` (count, tokens) and evaluating so many windows at once.
 
-    ``recipes``: what is to be done to each kernel, by path; the layer with the most decides. ``written`` bytes are on
-    the disk already. ``sequential``, ``compared``: calibrated stage by stage, beside the unquantized model. ``bits``:
-    of a weight on average, where ``recipes`` are what takes most to make. ``states``: of how many windows the last
-    hidden states are kept on the disk meanwhile.
+    ``names`` of the Linears by their kernels' paths; the layer of which the recipe quantizes most decides. ``written``
+    bytes are on the disk already. ``states``: of how many windows the last hidden states are kept on the disk
+    meanwhile.
     """
     count, length = windows
-    streams = 2 if compared else 1
+    streams = 2 if recipe.propagates else 1
     config = model_spec.config
     layer = params_of(model_spec.layer())
+    of_name = recipe.for_linears(names.values())
+    recipes = {path: of_name[name] for path, name in names.items()}
+    if recipe.bits is not None:
+        most = hardest_candidate(recipe.default)
+        recipes = {path: most if one is recipe.default else one for path, one in recipes.items()}
     by_layer = [
         {path: r for path in layer if (r := recipes.get(f"layers.{i}.{path}")) is not None}
         for i in range(config.num_hidden_layers)
@@ -138,9 +142,9 @@ def estimate(
     if hardest:
         next_batch = size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
         runs: list[tuple[tuple[str, ...], int]] = []  # kernels that are quantized together, bytes of all statistics
-        for stage in stages(model_spec, hardest) if sequential else [hardest]:
+        for stage in stages(model_spec, hardest) if recipe.sequential else [hardest]:
             program, sharing, statistics = abstract_calibrate(
-                model_spec, stage, mesh, (size, length), compared=compared
+                model_spec, stage, mesh, (size, length), compared=recipe.propagates
             )
             programs.append((program, streams * next_batch))
             runs += [(paths, statistics) for paths in side_by_side(stage, sharing, layer)]
@@ -148,18 +152,18 @@ def estimate(
             shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
             own = shape[0] ** 2 * 4 * streams  # which are the program's arguments
-            fishers = sum(4 * layer[path].shape[0] ** 2 for path, recipe in hardest.items() if recipe.fisher)
+            fishers = sum(4 * layer[path].shape[0] ** 2 for path, one in hardest.items() if one.fisher)
             programs.append((program, stored_bytes(layer) + statistics - own + fishers))
     per_window = length * config.hidden_size * model_spec.dtype.itemsize
     kept = states * per_window  # bytes on the disk while the run lasts
-    if bits is not None or any(recipe.fisher for chosen in by_layer for recipe in chosen.values()):
+    if recipe.needs_fisher:
         measured = fisher_windows(count)
         rows = batch_size(measured, length, mesh, batch_tokens)
-        going_back = [path for path, recipe in hardest.items() if recipe.fisher or bits is not None]
+        going_back = [path for path, one in hardest.items() if one.fisher or recipe.bits is not None]
         programs.append((abstract_backward(model_spec, going_back, mesh, (rows, length)), 0))
         kept += measured * per_window * (config.num_hidden_layers + 2)  # what the layers are given, and gradients
         for chosen in by_layer:
-            kept += sum(4 * layer[path].shape[0] ** 2 for path, recipe in chosen.items() if recipe.fisher)
+            kept += sum(4 * layer[path].shape[0] ** 2 for path, one in chosen.items() if one.fisher)
     outer = params_of(model_spec.without_layers())
     program, logits = abstract_logits(model_spec, outer, length, mesh)
     programs.append((program, _LOGITS * logits))
@@ -167,7 +171,8 @@ def estimate(
 
     layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)
     embedding = sum(stored_bytes(leaf) for p, leaf in outer.items() if p.startswith(model_spec.model_class.EMBEDDING))
-    quantized = [_quantized_bytes(layer, chosen, bits) for chosen in by_layer]
+    quantized = [_quantized_bytes(layer, chosen, recipe.bits) for chosen in by_layer]
+    tables = jax.eval_shape(partial(with_fp8_tables, recipe=recipe), outer)
     processes = jax.process_count()
     # this layer and the next one, and, of one tensor, its copies as it is read
     largest = max(stored_bytes(leaf) for leaf in (layer | outer).values())
@@ -182,7 +187,7 @@ def estimate(
         resident=resident,
         per_window=per_window // processes,
         device=device,
-        disk=max(0, sum(quantized) + outer_bytes + kept - written),
+        disk=max(0, sum(quantized) + stored_bytes(tables) + kept - written),
         windows=count,
         streams=streams,
         evaluated=evaluated,

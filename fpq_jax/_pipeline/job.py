@@ -18,7 +18,7 @@ from fpq_jax._checkpoints.demo import is_demo
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import sidecars
 from fpq_jax._checkpoints.sources import open_original, resolve_model
-from fpq_jax._errors import check_at_least
+from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._pipeline.batches import BATCH_TOKENS
 from fpq_jax._pipeline.choose_bits import check_bits
 from fpq_jax._pipeline.quantize_layers import linears
@@ -126,6 +126,11 @@ def open_job(options: JobOptions, recipes: Sequence[Recipe]) -> Job:
     checkpoint = open_original(folder)
     for recipe in recipes:
         recipe.for_linears(linears(checkpoint).values())
+        if checkpoint.model_config.tie_word_embeddings and recipe.embedding is not recipe.head:
+            raise FpqError(
+                f"The head of {checkpoint.folder} is its embedding; recipe {recipe.name} must set both embedding and "
+                "head to e4m3, or neither."
+            )
         if recipe.bits is not None:
             check_bits(checkpoint, recipe.with_lorc_rank(checkpoint.model_config.lorc_rank))
     with progress_bar("reading the weights once", checkpoint.tensor_count) as advance:

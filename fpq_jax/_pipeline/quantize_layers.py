@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from fpq_jax._algorithms.fisher import Fisher
+from fpq_jax._algorithms.fp8_table import quantize_table
 from fpq_jax._algorithms.linear_recipe import LinearRecipe
 from fpq_jax._algorithms.quantize_linears import Done, LinearResult, quantize_linears
 from fpq_jax._algorithms.recipe import Recipe
@@ -27,7 +28,7 @@ from fpq_jax._pipeline.layerwise import embed, forward
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.prefetch import prefetch
 from fpq_jax._support.trees import Flat, below
-from fpq_jax.models.parameters import EMBEDDING, HEAD, linear_name, part_names, with_params
+from fpq_jax.models.parameters import EMBEDDING, HEAD, HEAD_KERNEL, TABLE, linear_name, part_names, with_params
 from fpq_jax.models.spec import ModelSpec
 
 
@@ -98,10 +99,12 @@ def quantize_checkpoint(
 
     missing = [name for name in part_names(config) if name not in finished]
     reading = prefetch(read, [name for name in missing if name != EMBEDDING])
-    params = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
+    original = replicate(read(EMBEDDING)[0], mesh)  # needed to begin with, even where it is finished
+    params = with_fp8_tables(original, recipe)
     hidden = embed(model_spec, params, batches)
     # what the unquantized model has in its place
-    reference = list(hidden) if recipe.propagates else None
+    reference = embed(model_spec, original, batches) if recipe.propagates else None
+    del original
     if EMBEDDING in missing:
         yield Part(EMBEDDING, params)
     del params
@@ -151,7 +154,17 @@ def quantize_checkpoint(
         del part
     del hidden
     if HEAD in missing:
-        yield Part(HEAD, replicate(next(reading)[0], mesh))
+        yield Part(HEAD, with_fp8_tables(replicate(next(reading)[0], mesh), recipe))
+
+
+def with_fp8_tables(params: Flat, recipe: Recipe) -> Flat:
+    """The embedding and the head among some parameters in FP8, where the recipe says so."""
+    params, activation = dict(params), recipe.head_activation
+    if recipe.embedding is not None and TABLE in params:
+        params[TABLE] = quantize_table(params[TABLE], activation)
+    if recipe.head is not None and HEAD_KERNEL in params:
+        params[HEAD_KERNEL] = quantize_table(params[HEAD_KERNEL].T, activation)
+    return params
 
 
 def _calibrated(

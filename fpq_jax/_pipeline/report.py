@@ -35,8 +35,8 @@ def layer_row(result: LinearResult) -> dict[str, Any]:
 
 
 def bits_per_weight(params: Flat) -> float:
-    """Bits that the quantized Linears store (codes, scales, exponents, low-rank factors) over their weights."""
-    quantized = [leaf for leaf in params.values() if isinstance(leaf, QTensor)]
+    """Bits that the layers' quantized Linears store (codes, scales, exponents, low-rank factors) over their weights."""
+    quantized = [leaf for path, leaf in params.items() if isinstance(leaf, QTensor) and path.startswith("layers.")]
     return 8 * sum(q.nbytes for q in quantized) / sum(q.size for q in quantized)
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from fpq_jax._algorithms.bit_allocation import hardest_candidate
 from fpq_jax._algorithms.quantize_linears import LinearResult
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._checkpoints.model_folder import copy_sidecars, write_manifest
@@ -56,31 +55,14 @@ def run_progress(job: Job, recipe: Recipe, output: Path | None) -> Iterator[RunP
 def check_estimate(job: Job, recipe: Recipe, progress: RunProgress) -> Estimate:
     """What the run takes of memory and disk; FpqError, with what would fit, if there is not so much."""
     recipe = job.recipe_for_model(recipe)
-    chosen = recipe.for_linears(linears(job.checkpoint).values())
-    kernels = {path: chosen[name] for path, name in linears(job.checkpoint).items()}
-    if recipe.bits is not None:
-        hardest = hardest_candidate(recipe.default)
-        kernels = {path: hardest if one is recipe.default else one for path, one in kernels.items()}
-    count, length = job.calibration.windows.shape
+    windows, length = job.calibration.windows.shape, job.calibration.windows.shape[1]
     evaluated = sum(len(windows) for windows in job.evaluation.values())
 
     def of(batch_tokens: int) -> Estimate:
         at_once = windows_at_once(evaluated, length, job.model_spec, job.mesh, batch_tokens)
-        windows, written = (count, length), progress.written()
-        place, mesh = progress.model, job.mesh
+        names, place, written = linears(job.checkpoint), progress.model, progress.written()
         return estimate(
-            job.model_spec,
-            kernels,
-            windows,
-            at_once,
-            mesh,
-            place,
-            written,
-            batch_tokens,
-            sequential=recipe.sequential,
-            compared=recipe.propagates,
-            bits=recipe.bits,
-            states=evaluated,
+            job.model_spec, recipe, names, windows, at_once, job.mesh, place, written, batch_tokens, evaluated
         )
 
     found = of(job.options.batch_tokens)

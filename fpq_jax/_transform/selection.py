@@ -71,6 +71,12 @@ def select(
     others rules have to say the axes. ``prefix`` stands before each path in the recipe. ``lenient``: it
     may leave everything.
     """
+    of_models = [key for key in ("bits", "embedding", "head") if getattr(recipe, key) is not None]
+    if of_models:
+        raise FpqError(
+            f"Recipe {recipe.name} has {of_models[0]}, which is for python -m fpq_jax.quantize and the models that it "
+            "knows; give a rule to what is to be in another format."
+        )
     arrays = {path: leaf for path, leaf in leaves.items() if is_parameter(leaf)}
     if uses is not None and (missing := [path for path in arrays if path not in uses]):
         raise FpqError(
