@@ -13,6 +13,7 @@ from fpq_jax import (
     INT4_ASYM,
     INT8,
     INT8_ASYM,
+    NF4,
     cast,
     decode,
     encode,
@@ -123,10 +124,50 @@ def test_the_largest_values_and_the_exact_shifts_are_the_papers():
     assert E3M0.exact_shifts == (-7, 4)
     assert INT4.exact_shifts == (-9, 5)
     assert {name for name, f in FORMATS.items() if f.expands} == {
-        "e4m3", "e5m2", "e2m1", "e3m0", "e2m1-qtorch", "e3m0-qtorch", "int4"
+        "e4m3", "e5m2", "e2m1", "e3m0", "e2m1-qtorch", "e3m0-qtorch", "int4", "nf4"
     }  # fmt: skip
 
 
 def test_an_unknown_format_is_named_with_the_known_ones():
     with pytest.raises(FpqError, match=r"'e9m9'.*e4m3, e5m2, e2m1, e3m0"):
         get_format("e9m9")
+
+
+# NormalFloat4 as bitsandbytes has it (QLoRA, appendix E)
+NORMAL_FLOAT = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", EAGER_AND_JITTED, ids=["eager", "jit"])
+def test_nf4_is_normal_float_in_e4m3_and_rounds_to_nearest(transform):
+    values = (1.4 * np.asarray(NORMAL_FLOAT)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(NF4.grid, values)
+    low, high = NF4.exact_shifts
+    for shift in range(low, high + 1):
+        shifted = values * 2.0**shift
+        np.testing.assert_array_equal(shifted.astype(ml_dtypes.float8_e4m3fn).astype(np.float64), shifted)
+    assert (low, high) == (-3, 8)
+    x = ALL_BFLOAT16[np.isfinite(ALL_BFLOAT16.astype(np.float32))]
+    distance = np.abs(np.clip(x.astype(np.float64), -4, 4)[:, None] - values)
+    expected = values[distance.argmin(axis=1)]  # the first, the lower, of two as near
+    got = transform(cast)(jnp.asarray(x), NF4)
+    assert got.dtype == jnp.bfloat16 and bool(jnp.isnan(cast(jnp.float32(jnp.nan), NF4)))
+    np.testing.assert_array_equal(np.asarray(got).astype(np.float32), expected)
+    codes = np.asarray(transform(encode)(jnp.asarray(x), NF4))
+    np.testing.assert_array_equal(decode(jnp.asarray(codes), NF4), expected)
+    assert NF4.table[0] == 0 and codes.max() == 15
+
+
+def test_nf4_rounds_normal_numbers_with_a_fifth_less_error_than_e2m1():
+    x = np.random.default_rng(0).standard_normal(100_000)
+
+    def error(fmt):
+        scales = np.linspace(0.3, 1.2, 50) * 3 / fmt.max
+        return min(
+            np.mean((x - s * np.asarray(cast(jnp.asarray(x / s, jnp.float32), fmt), np.float64)) ** 2) for s in scales
+        )
+
+    assert error(NF4) < 0.8 * error(E2M1) and error(NF4) < 0.85 * error(INT4)
