@@ -59,7 +59,7 @@ def test_every_code_is_where_the_instruction_wants_it():
         assert found >> (8 * j + (7, 3)[h]) & 1 == code >> 3
 
 
-@pytest.mark.parametrize("name", ["e2m1", "e3m0", "int4"])
+@pytest.mark.parametrize("name", ["e2m1", "e3m0", "int4", "nf4"])
 def test_tables_are_the_formats_numbers(name):
     fmt = QuantSpec(format=name).format
     np.testing.assert_array_equal(table(fmt).view(jnp.float8_e4m3fn).astype(np.float32), fmt.table)

@@ -23,6 +23,7 @@ SPECS = {
     "m2": QuantSpec(constraint="m2"),
     "m1, groups of 64": QuantSpec(constraint="m1", group_size=64),
     "e3m0": QuantSpec(format="e3m0", constraint="m2", group_size=128),
+    "nf4": QuantSpec(format="nf4", constraint="m2", group_size=128),
     "int4": QuantSpec(format="int4", constraint="m2", group_size=32),
     "free": QuantSpec(group_size=96),
     "free, groups of two steps": QuantSpec(group_size=512),

@@ -28,7 +28,7 @@ SPECS = (
     QuantSpec(format="int8", group_size="channel", activation="int8"),
     QuantSpec(format="int8-asym", group_size=16, activation=None),
     QuantSpec(format="e4m3-qtorch", group_size=48),
-    QuantSpec(format="e2m1-qtorch", group_size="channel", constraint="m1"),
+    QuantSpec(format="nf4", group_size="channel", constraint="m1"),
 )
 
 
@@ -78,7 +78,7 @@ def test_every_array_comes_back_as_it_was(model_and_folder, tmp_path):
 def test_the_reader_in_the_docs(model_and_folder, tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "checkpoint.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
-    assert len(code.splitlines()) <= 60 and "fpq_jax" not in code
+    assert len(code.splitlines()) <= 64 and "fpq_jax" not in code
     reader: dict = {}
     exec(code, reader)
     model, folder = model_and_folder

@@ -12,6 +12,7 @@ SPECS = [
     QuantSpec(group_size=32),
     QuantSpec(group_size=32, constraint="m1"),
     QuantSpec(group_size=32, constraint="m2"),
+    QuantSpec(format="nf4", group_size=8, constraint="m2"),
     QuantSpec(format="e3m0", group_size=7, constraint="m2", exponent_rounding="nearest"),
     QuantSpec(group_size=1000, constraint="m1"),
     QuantSpec(group_size="channel"),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpq_jax import E2M1, E3M0, QuantSpec, dequantize, quantize_array
+from fpq_jax import E2M1, E3M0, NF4, QuantSpec, dequantize, quantize_array
 from fpq_jax._numerics.scales import free_scale, group_scale, power_of_two, row_reference
 
 
@@ -22,7 +22,7 @@ def free_scales(w, group, fmt):
     return (groups.astype(np.float32) / np.float32(fmt.max)).T.astype(np.float64)
 
 
-@pytest.mark.parametrize("fmt", [E2M1, E3M0], ids=str)
+@pytest.mark.parametrize("fmt", [E2M1, E3M0, NF4], ids=str)
 def test_m1_and_m2_up_are_the_papers_formulas(fmt):
     w = weights(0, (300, 40), spread=0.5)
     s = free_scales(w, 64, fmt)
@@ -97,7 +97,7 @@ def test_asymmetric_integers_are_the_papers_formula(name, levels):
 
 
 @pytest.mark.parametrize("constraint", ["m1", "m2"])
-@pytest.mark.parametrize("fmt", [E2M1, E3M0], ids=str)
+@pytest.mark.parametrize("fmt", [E2M1, E3M0, NF4], ids=str)
 def test_groups_far_apart_stay_in_the_exact_range(fmt, constraint):
     w = weights(4, (128, 8)) * (10.0 ** np.repeat([-9.0, 0, -3, -12], 32))[:, None].astype(np.float32)
     q = quantize_array(jnp.asarray(w), QuantSpec(format=fmt, group_size=32, constraint=constraint))

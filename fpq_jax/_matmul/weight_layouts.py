@@ -38,8 +38,8 @@ def check_any_for_fragments(leaves: Iterable[Any], layout: str) -> None:
     fits = lambda leaf: isinstance(leaf, Fragments) or (isinstance(leaf, QTensor) and takes(leaf))
     if layout == "fragments" and not any(map(fits, leaves)):
         raise FpqError(
-            "No weight here is for the kernel, which multiplies weights in e2m1, e3m0 or int4 by activations in e4m3; "
-            "use weights fp8 or packed."
+            "No weight here is for the kernel, which multiplies weights in nf4, e2m1, e3m0 or int4 by activations in "
+            "e4m3; use weights fp8 or packed."
         )
 
 

@@ -327,7 +327,7 @@ def expand(q: QTensor) -> QTensor:
     if fmt.is_float8:
         return q
     if not fmt.expands:
-        raise FpqError(f"A weight in {fmt} has no exact FP8 form; e2m1, e3m0 and int4 have one.")
+        raise FpqError(f"A weight in {fmt} has no exact FP8 form; nf4, e2m1, e3m0 and int4 have one.")
     if not q.has_fp8_form:
         raise FpqError("A weight with free group scales has no exact FP8 form; quantize it with constraint m1 or m2.")
     check_exponents(q)
