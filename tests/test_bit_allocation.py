@@ -68,27 +68,29 @@ def test_the_bits_are_those_of_the_tensor():
 
 
 @pytest.mark.parametrize("most", [40, 55, 71, 200])
-def test_the_choice_is_the_best_of_all_that_fit(most):
+def test_the_choice_is_near_the_best_of_all_that_fit(most):
     rng = np.random.default_rng(most)
     bits = {f"w{i}": sorted(rng.integers(5, 30, 4).tolist()) for i in range(5)}
-    losses = {name: (rng.random(4) * 10.0 ** rng.integers(-9, 0)).tolist() for name in bits}
-    fitting = [
-        choice
-        for choice in itertools.product(range(4), repeat=5)
-        if sum(bits[name][c] for name, c in zip(bits, choice, strict=True)) <= most
-    ]
+    losses = {name: np.sort(rng.random(4) * 10.0 ** rng.integers(-3, 0))[::-1].tolist() for name in bits}
+    every = list(itertools.product(range(4), repeat=5))
+    takes = lambda choice: sum(bits[name][c] for name, c in zip(bits, choice, strict=True))
+    costs = lambda choice: sum(losses[name][c] for name, c in zip(bits, choice, strict=True))
+    fitting = [choice for choice in every if takes(choice) <= most]
     if not fitting:
         with pytest.raises(fpq.FpqError, match=f"{most} are allowed"):
             allocate(losses, bits, most)
         return
-    cost = lambda choice: sum(losses[name][c] for name, c in zip(bits, choice, strict=True))
-    chosen = allocate(losses, bits, most)
-    assert sum(bits[name][c] for name, c in chosen.items()) <= most
-    np.testing.assert_allclose(cost(chosen.values()), min(map(cost, fitting)), rtol=1e-3)
+    chosen = list(allocate(losses, bits, most).values())
+    assert takes(chosen) <= most
+    # none is better with fewer bits by more than the largest step of one weight, which the relaxation may lose
+    step = max(int(np.diff(of).max()) for of in bits.values())
+    assert costs(chosen) <= min((costs(choice) for choice in fitting if takes(choice) <= most - step), default=np.inf)
+    if most == 200:
+        assert chosen == [3] * 5
 
 
 def test_many_weights_take_a_moment():
-    """As many as a model of 70 billion has; HiGHS stops near the best."""
+    """As many as a model of 70 billion has; no choice is better by more than 0.5 %."""
     rng = np.random.default_rng(0)
     ladder = np.array([4.1, 4.2, 4.3, 4.5, 4.9, 8.0])
     size = rng.choice([2**20, 2**24], 560)
@@ -96,7 +98,10 @@ def test_many_weights_take_a_moment():
     losses = {name: (np.exp(3 * rng.standard_normal()) * 4.0**-ladder).tolist() for name in bits}
     chosen = allocate(losses, bits, 4.5 * size.sum())
     used = sum(bits[name][c] for name, c in chosen.items())
-    assert 4.499 * size.sum() < used <= 4.5 * size.sum() and len(set(chosen.values())) > 3
+    assert 4.49 * size.sum() < used <= 4.5 * size.sum() and len(set(chosen.values())) > 3
+    dual = lambda price: sum(min(np.asarray(losses[n]) + price * np.asarray(bits[n])) for n in bits) - price * used
+    bound = max(map(dual, np.geomspace(1e-14, 1e-6, 2000)))
+    assert sum(losses[name][c] for name, c in chosen.items()) < 1.005 * bound
 
 
 def test_unseen_weights_cost_nothing():

@@ -62,8 +62,8 @@ class Recipe:
     - ``sequential``: see below. ``error_propagation``: the share, 0 to 1, of the error handed on by what is quantized
       before it that each weight makes up for; it needs ``sequential``.
     - ``bits``: how many bits the weights are to take on average, all that is stored counted. Each Linear that no rule
-      fits then becomes what the loss is least with at that average: the format of ``weight`` in groups of its size or
-      smaller ones, with ``lorc`` of any rank or none, or FP8 (see ``bit_allocation.py``).
+      fits then becomes what the loss is least with at that average: the 4-bit format of ``weight`` in groups of its
+      size or of 32, with ``lorc``, if there is one, of some rank or none, or FP8.
     - ``embedding``, ``head``: ``e4m3`` to have the table of token vectors, or the last kernel, in FP8 with a power of
       two as each token's scale; both or none where they are one. The head meets activations as the default has them.
     - ``rules``: a list of mappings of ``match``, a shell pattern of names, and either ``quantize: false`` or any of the
