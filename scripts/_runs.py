@@ -4,6 +4,7 @@ import importlib.util
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,17 @@ class Runs:
 def prepare(options: Any, model: str, recipes: list[Recipe], **changes: Any) -> Job:
     """The job of a model under a script's options, which are named as the command quantize names them."""
     names = ("calibration", "num_samples", "seq_len", "eval", "max_windows", "dtype", "seed")
-    given = {name: getattr(options, name) for name in names} | changes
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)} | changes
     return open_job(JobOptions(model=model, **given), recipes)
 
 
-def check(options: Any) -> None:
+def check(models: Sequence[str], texts: Sequence[str]) -> None:
     """FpqError for what is wrong with a script's models and texts as such, or if plots cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise FpqError("The plots need matplotlib, which is not installed; pip install '.[studies]'.")
-    if not options.model or not options.eval:
+    if not models or not texts:
         raise FpqError("Name at least one --model and one --eval.")
-    if len({model_title(model) for model in options.model}) < len(options.model):
+    if len({model_title(model) for model in models}) < len(models):
         raise FpqError("Two --model have the same name; their runs would be kept in one folder.")
 
 

@@ -62,7 +62,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
-    check(options)
+    check(options.model, options.eval)
     if not options.factors or not all(math.isfinite(factor) and factor > 0 for factor in options.factors):
         raise FpqError(f"--factors are {options.factors}; name at least one, all of them positive numbers.")
     for model in options.model:  # each is opened and checked before the first one is worked on

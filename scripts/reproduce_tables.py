@@ -50,7 +50,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
-    check(options)
+    check(options.model, options.eval)
     if not options.tables:
         raise FpqError("Name at least one of --tables.")
     rows = [row for row in PAPER["rows"] if row["table"] in options.tables]
