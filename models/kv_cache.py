@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from fpq_jax._numerics.activations import quantize_tokens
 from fpq_jax._numerics.formats import E4M3
+from fpq_jax.models.causal_attention import causal_attention
 
 
 @jax.tree_util.register_dataclass
@@ -104,8 +105,8 @@ def attend(
     """Causal grouped-query attention, softmax in float32: (output, cache with the new tokens in it).
 
     The keys are the new tokens' alone without a cache or if it is ``fresh``, that is, empty; otherwise all that it
-    holds up to each token's position. ``implementation`` is that of ``jax.nn.dot_product_attention``, where
-    the keys are the new tokens'.
+    holds up to each token's position. ``implementation`` is that of ``causal_attention``, where the keys are the new
+    tokens'.
     """
     new = None
     if cache is not None:
@@ -116,7 +117,7 @@ def attend(
     else:
         if new is not None:
             key, value = new.decoded(query.dtype)
-        out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+        out = causal_attention(query, key, value, implementation)
     return out.reshape(*positions.shape, -1), cache
 
 

@@ -88,17 +88,15 @@ def prepare_in_place(model: Any, weights: str, attention: str = "xla") -> Any:
     blocks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Block)]
     for block in blocks:
         for name, parts in block.MERGED.items():
-            _merge(block, name, parts, _Placement(model, name))
+            _merge(block, name, parts, _Placement(model, name), weights)
         if hasattr(block, "implementation"):
             block.implementation = attention
     for path, module in nnx.iter_modules(model):
         parameter = _weight(module)
         if parameter is not None and is_quantized(kernel := parameter.get_value()):
             placement = _Placement(model, str(path[-1]))
-            if model.mesh is not None and isinstance(kernel, QTensor) and kernel.has_fp8_form:
-                check_exponents(kernel)  # which jit hides from ``weights``
             part = "embedding" if isinstance(module, Embedding) else "kernel"
-            kernel = placement.computed(to_layout, kernel, part=part, layout=weights, pad=model.mesh is None)
+            kernel = placement.laid_out(kernel, weights, pad=model.mesh is None, part=part)
             if isinstance(kernel, QTensor) and product_kind(kernel) == "fp8":
                 model.decode_rows = FP8_MULTIPLE
                 kernel = placement.row_parallel(kernel)
@@ -138,6 +136,12 @@ class _Placement:
             return jax.tree.map(_onto, shapes, where)
         return _computed_onto(arguments, f, tuple(static.items()), tuple(jax.tree.leaves(where)))
 
+    def laid_out(self, kernel: Any, layout: str, *, pad: bool, part: str = "kernel") -> Any:
+        """``to_layout``."""
+        if self.mesh is not None and isinstance(kernel, QTensor) and kernel.has_fp8_form:
+            check_exponents(kernel)  # which jit hides from it
+        return self.computed(to_layout, kernel, part=part, layout=layout, pad=pad)
+
     def row_parallel(self, kernel: QTensor) -> Any:
         """Marked for ``linear`` where a device has some of the inputs."""
         if self.mesh is None or split_of(self.model_class, self.name) != "inputs":
@@ -145,11 +149,15 @@ class _Placement:
         return RowParallelKernel(kernel, self.mesh)
 
 
-def _merge(module: Block, name: str, parts: tuple[str, ...], placement: _Placement) -> None:
+def _merge(module: Block, name: str, parts: tuple[str, ...], placement: _Placement, weights: str) -> None:
     linears = [getattr(module, part) for part in parts]
-    if getattr(module, name) is not None or not can_concatenate([linear.weights[0] for linear in linears]):
+    if getattr(module, name) is not None:
         return
     kernels, biases = zip(*(linear.weights for linear in linears), strict=True)
+    if weights == "fp8" and all(isinstance(kernel, QTensor) for kernel in kernels):
+        kernels = tuple(placement.laid_out(kernel, weights, pad=False) for kernel in kernels)  # of one format then
+    if not can_concatenate(kernels):
+        return
     sizes = tuple(kernel.shape[1] for kernel in kernels)
     bias = None
     if None not in biases:

@@ -55,6 +55,7 @@ _CHECKED = {
         "coordinate_descent",
         "error_propagation",
         "fisher",
+        "fp8_table",
         "quantize_linears",
         "output_error",
         "statistics",

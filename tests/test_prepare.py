@@ -139,3 +139,12 @@ def test_what_is_replaced_in_place_is_freed_layer_by_layer(tiny_llama):
         patch.setattr(_prepare, "_merge", watched)
         prepare_in_place(model, "fp8")
     assert seen[0] == 2 and seen[-1] <= 1
+
+
+def test_linears_of_different_formats_are_one_fp8_product(tiny_llama):
+    model = quantized(quantized(load(tiny_llama), W8, only="v_proj"), only="q_proj")
+    model = quantized(model, QuantSpec(format="nf4", group_size=16, constraint="m2"), only="k_proj")
+    expected = logits(model)
+    for ready, merged in ((prepare(model), 2), (prepare(model, "packed"), 0)):
+        np.testing.assert_allclose(logits(ready), expected, atol=1e-5 * np.abs(expected).max())
+        assert sum("qkv_proj" in path for path in params_of(ready)) == merged

@@ -14,26 +14,26 @@ cost most.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from fpq_jax._algorithms.fisher import Fisher, blended, expected_loss
-from fpq_jax._algorithms.joint import quantize_jointly
+from fpq_jax._algorithms.fisher import Fisher, expected_loss
 from fpq_jax._algorithms.linear_recipe import LinearRecipe
-from fpq_jax._algorithms.lorc import lorc, nearest_low_rank
-from fpq_jax._algorithms.metric import factorize
+from fpq_jax._algorithms.lorc import lorc
+from fpq_jax._algorithms.quantize_linears import quantize_kernel
 from fpq_jax._algorithms.statistics import InputStats
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.formats import E4M3
-from fpq_jax._numerics.qtensor import dequantize, quantize_array
+from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._numerics.spec import GroupSize, QuantSpec
 from fpq_jax._support.trees import stored_bytes
 
-RANKS = (0, 4, 8, 16, 32)
+RANKS = (0, 8, 32)
 _SMALL_GROUP = 32  # 64 and 128 beside it bring nothing: 0.3 % of the loss on SmolLM2-135M
 _HALVINGS = 60
 
@@ -50,31 +50,20 @@ def hardest_candidate(recipe: LinearRecipe) -> LinearRecipe:
     return max(candidates(recipe), key=lambda one: 0 if one.lorc is None else one.lorc.rank)
 
 
-@partial(jax.jit, static_argnums=3)
 def expected_losses(
-    w: Float[Array, "in out"], seen: InputStats, fisher: Fisher, recipe: LinearRecipe
-) -> Float[Array, " candidates"]:
-    """What each of a weight's ``candidates`` costs, in nats for each token.
+    w: Float[Array, "in out"], seen: InputStats, fisher: Fisher, recipe: LinearRecipe, mesh: Mesh, seed: int
+) -> list[float]:
+    """What each of a weight's ``candidates`` costs, in nats for each token: it is made, by the program that makes it
+    later, too. All arrays are on every device of the mesh."""
+    if recipe.error_propagation and seen.cross is None:
+        seen = seen._replace(cross=jnp.zeros_like(seen.hessian))  # nothing is in front of it yet
+    made = (quantize_kernel([w], seen, one, mesh, seed, fisher).q for one in candidates(recipe))
+    return [float(_cost(w, q, fisher)) for q in made]
 
-    Codes are found once for each format and group size. The low rank is then that of their error, not found in turn
-    with them.
-    """
-    mean = seen.hessian / jnp.maximum(seen.count, 1)
-    metric = factorize(blended(mean, fisher, recipe.fisher) if recipe.fisher else mean, recipe.damping, recipe.order)
-    of = lambda error: expected_loss(error, fisher)
 
-    def rounding_error(spec: QuantSpec) -> Array:
-        q = quantize_jointly(w, metric, replace(recipe, spec=spec, lorc=None))
-        return w.astype(jnp.float32) - dequantize(q)
-
-    losses = []
-    for group in _group_sizes(recipe.spec):
-        error = rounding_error(replace(recipe.spec, group_size=group))
-        losses.append(of(error))
-        if recipe.lorc is not None:
-            a, b = nearest_low_rank(error, metric, max(RANKS), 0)
-            losses += [of(error - a[:, :rank] @ b[:rank]) for rank in RANKS if rank]
-    return jnp.stack([*losses, of(rounding_error(_wide(recipe.spec)))])
+@jax.jit
+def _cost(w: Float[Array, "in out"], q: QTensor, fisher: Fisher) -> Float[Array, ""]:
+    return expected_loss(dequantize(q) - w.astype(jnp.float32), fisher)
 
 
 @cache

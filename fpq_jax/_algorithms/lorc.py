@@ -73,13 +73,6 @@ def weighted_low_rank(
     seed: int | Array,
     kept: int | Array | None = None,
 ) -> LowRank:
-    """``nearest_low_rank`` as it is stored."""
-    return _factors(*nearest_low_rank(error, metric, rank, seed, kept), dtype)
-
-
-def nearest_low_rank(
-    error: Float[Array, "in out"], metric: Metric, rank: int, seed: int | Array, kept: int | Array | None = None
-) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
     """The low-rank matrix nearest to ``error`` in the metric, in factors of equal norm, by falling singular values.
 
     ``kept``: how many of them, where some of the ``rank`` are to be zero.
@@ -91,7 +84,7 @@ def nearest_low_rank(
     a = jnp.zeros_like(a).at[metric.order].set(a)
     norms = jnp.sqrt(jnp.linalg.norm(a, axis=0))
     norms = jnp.where(norms > 0, norms, 1.0)
-    return a / norms, norms[:, None] * vt
+    return _factors(a / norms, norms[:, None] * vt, dtype)
 
 
 def truncated_svd(m: Float[Array, "n k"], rank: int, seed: int | Array) -> tuple[Array, Array, Array]:

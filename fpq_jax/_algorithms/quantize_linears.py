@@ -6,7 +6,7 @@ outputs are divided over all of them. Weights are on the devices when they come,
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -175,9 +175,8 @@ def _quantize_together(
 ) -> dict[str, _Quantized]:
     """Kernels that are quantized side by side, each for itself again."""
     unseen = not bool(jnp.any(jnp.diagonal(seen.hessian) > 0))
-    width = sum(weights[path].shape[1] for path in paths)
     found = quantize_kernel(
-        _side_by_side([weights[path] for path in paths], _by_outputs(width, mesh, recipe.spec)),
+        [weights[path] for path in paths],
         seen,
         recipe if not unseen else LinearRecipe(spec=recipe.spec, method="round"),
         mesh,
@@ -249,14 +248,16 @@ def _side_by_side(weights: list[Float[Array, "in _"]], sharding: NamedSharding) 
 
 
 def quantize_kernel(
-    w: Float[Array, "in out"],
+    weights: Sequence[Float[Array, "in _"]],
     seen: InputStats,
     recipe: LinearRecipe,
     mesh: Mesh,
     seed: int | Array,
     fisher: Fisher | None = None,
 ) -> _Quantized:
-    """Quantize ``w``, its outputs divided over the mesh; statistics are on every device."""
+    """Quantize weights side by side, their outputs divided over the mesh; statistics are on every device."""
+    width = sum(w.shape[1] for w in weights)
+    w = _side_by_side(list(weights), _by_outputs(width, mesh, recipe.spec))
     one_for_all, rank = _of_any_rank(recipe)
     found = _quantize_kernel(w, seen, one_for_all, mesh, seed, fisher, rank)
     return found if rank is None else found._replace(q=_with_rank(found.q, min(rank, *w.shape)))

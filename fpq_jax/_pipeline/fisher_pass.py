@@ -23,7 +23,6 @@ from fpq_jax._support.files import file_digest
 from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.placement import replicate
 from fpq_jax._support.trees import Flat, below
-from fpq_jax.models.spec import ModelSpec
 
 Losses = dict[str, list[float]]  # by kernel, of each of its candidates
 
@@ -85,7 +84,7 @@ def _measure(job: Job, recipe: Recipe, progress: RunProgress, finished: int) -> 
             losses = {}
             if recipe.bits:
                 open_bits = {path: r for path, r in kernels[i].items() if r is recipe.default}
-                losses = _losses(job.model_spec, behind, open_bits, batches)
+                losses = _losses(job, behind, open_bits, batches)
             if is_first():
                 host = {path: jax.device_get(one) for path, one in behind.fishers.items() if kernels[i][path].fisher}
                 arrays = {f"{path}:{field}": a for path, one in host.items() for field, a in one._asdict().items()}
@@ -97,13 +96,11 @@ def _measure(job: Job, recipe: Recipe, progress: RunProgress, finished: int) -> 
         shutil.rmtree(progress.backward)
 
 
-def _losses(model_spec: ModelSpec, behind: LayerBehind, recipes: dict[str, LinearRecipe], batches: Batches) -> Losses:
+def _losses(job: Job, behind: LayerBehind, recipes: dict[str, LinearRecipe], batches: Batches) -> Losses:
     kernels = recorded_kernels(recipes, behind.params)
-    stats = calibrate(model_spec, Stream(behind.params, behind.hidden), kernels, batches)
-    return {
-        path: np.asarray(expected_losses(behind.params[path], stats.of(path), behind.fishers[path], recipe)).tolist()
-        for path, recipe in recipes.items()
-    }
+    stats = calibrate(job.model_spec, Stream(behind.params, behind.hidden), kernels, batches)
+    of = lambda path: (behind.params[path], stats.of(path), behind.fishers[path], recipes[path])
+    return {path: expected_losses(*of(path), job.mesh, job.options.seed) for path in recipes}
 
 
 def _finished(progress: RunProgress, layers: int) -> int:

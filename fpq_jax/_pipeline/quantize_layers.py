@@ -22,6 +22,7 @@ from fpq_jax._algorithms.quantize_linears import Done, LinearResult, quantize_li
 from fpq_jax._algorithms.recipe import Recipe
 from fpq_jax._algorithms.statistics import CalibrationStats
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
+from fpq_jax._matmul.weight_layouts import to_layout
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
 from fpq_jax._pipeline.calibration import Kernels, Stream, calibrate, recorded_kernels, stages
 from fpq_jax._pipeline.layerwise import embed, forward
@@ -113,7 +114,9 @@ def quantize_checkpoint(
         last = all(f"layers.{j}" in finished for j in range(i + 1, config.num_hidden_layers))
         if name in finished:
             if not last:
-                forward(with_params(layer, below(finished[name](), f"{name}.")), hidden, mesh)
+                params = {path: to_layout(leaf, "fp8", pad=False) for path, leaf in finished[name]().items()}
+                forward(with_params(layer, below(params, f"{name}.")), hidden, mesh)
+                del params
                 if reference is not None:
                     forward(with_params(layer, replicate(below(read(name)[0], f"{name}."), mesh)), reference, mesh)
             continue
@@ -127,7 +130,7 @@ def quantize_checkpoint(
         done: Done = {}
         for part in stages(model_spec, recipes) if recipe.sequential else [recipes]:
             with seconds.timed("hessians"):
-                stream = Stream(weights | replicate({path: q for path, (q, _) in done.items()}, mesh), hidden)
+                stream = Stream(weights | replicate(_as_it_runs(done), mesh), hidden)
                 other = None if reference is None else Stream(weights, reference)
                 stats = _calibrated(
                     model_spec, stream, part, batches, first_layer if i == 0 and not recipe.sequential else None, other
@@ -139,15 +142,16 @@ def quantize_checkpoint(
         del of_layer
         # written as they are sharded: each process its own part
         sharded = weights | {path: q for path, (q, _) in done.items()}
-        whole = replicate(sharded, mesh)
         with seconds.timed("forward"):
             if not last:
+                whole = weights | replicate(_as_it_runs(done), mesh)
                 forward(with_params(layer, whole), hidden, mesh)
+                del whole
                 if reference is not None:
                     forward(with_params(layer, weights), reference, mesh)
         del weights
         part = {f"{name}.{path}": leaf for path, leaf in sharded.items()}
-        del whole, sharded
+        del sharded
         results = [result for _, result in done.values()]
         del done
         yield Part(name, part, results, seconds)
@@ -165,6 +169,11 @@ def with_fp8_tables(params: Flat, recipe: Recipe) -> Flat:
     if recipe.head is not None and HEAD_KERNEL in params:
         params[HEAD_KERNEL] = quantize_table(params[HEAD_KERNEL].T, activation)
     return params
+
+
+def _as_it_runs(done: Done) -> Flat:
+    """In the layout of most speed, which layers of whatever formats share, and with it their programs."""
+    return {path: to_layout(q, "fp8", pad=False) for path, (q, _) in done.items()}
 
 
 def _calibrated(
