@@ -15,7 +15,7 @@ RESULT = LinearResult("model.layers.0.mlp.up_proj", (48, 80), 0.02, 0.01, None, 
 
 def test_bits_count_what_the_quantized_linears_store_and_nothing_else():
     small, large = (quantize_array(jnp.ones((n, 32)), QuantSpec(group_size=64)) for n in (64, 640))
-    params = {"a": small, "b": large, "norm": np.ones(1000)}
+    params = {"layers.0.a": small, "layers.0.b": large, "norm": np.ones(1000), "head": small}
     stored = 64 * 32 // 2 + 4 * 32 + 640 * 32 // 2 + 4 * 32 * 10
     assert bits_per_weight(params) == pytest.approx(8 * stored / (704 * 32))
 

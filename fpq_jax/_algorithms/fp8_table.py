@@ -29,4 +29,5 @@ def quantize_table(table: Float[Array, "V D"], activation: Format | None) -> QTe
     exponent = jnp.clip(ceil_log2_ratio(largest, jnp.full_like(largest, E4M3.max)), _SMALLEST, _LARGEST)
     scale = jnp.where(largest > 0, power_of_two(exponent), 1.0)
     spec = QuantSpec(format=E4M3, group_size="channel", activation=activation)
-    return QTensor(encode(table / scale, E4M3), row_scale=scale, spec=spec, shape=table.shape[::-1])
+    tokens, size = table.shape
+    return QTensor(encode(table / scale, E4M3), row_scale=scale, spec=spec, shape=(size, tokens))

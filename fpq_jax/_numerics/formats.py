@@ -313,7 +313,8 @@ class TableFormat(Format):
 
     def encode(self, x: Float[Array, "..."]) -> Shaped[Array, "..."]:
         zero = int(np.flatnonzero(self.grid == 0)[0])
-        return ((sum(self._above(x)) - zero).astype(jnp.int32) & 15).astype(jnp.uint8)
+        index = functools.reduce(jnp.add, self._above(x)).astype(jnp.int32)
+        return ((index - zero) & 15).astype(jnp.uint8)
 
     def _above(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
         """Of each midpoint between neighbours, 1 where x is above it."""
