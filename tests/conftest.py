@@ -1,9 +1,8 @@
 """Shapes and types of annotated functions are checked throughout the tests; a tiny LLaMA folder to work on."""
 
-import importlib.util
 import json
-import mmap
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,23 +15,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def xla_knows(flag: str) -> bool:
-    """Whether this jaxlib has the flag: a flag that it has not ends the process."""
-    package = Path(importlib.util.find_spec("jaxlib").origin).parent
-    for library in package.glob("*jax_common*"):
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(flag.encode()) >= 0:
-                return True
-    return False
+    """Whether this jaxlib has the flag: one that it has not ends the process."""
+    line = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(line, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True, check=False).returncode == 0
 
 
 # tests' programs run once or twice each: optimizing them takes longer than running them. (At level 0 products and sums
 # are not contracted, as they are otherwise, and some tests compare bits.) The quick tier has XLA's former emitters,
 # which compile in half the time; the full tier has those that users have.
-_FLAGS = ["--xla_backend_optimization_level=1"]
-if "--full" not in sys.argv and xla_knows("xla_cpu_use_fusion_emitters"):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+    _flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"]
+    if "--full" not in sys.argv and xla_knows(_former := "--xla_cpu_use_fusion_emitters=false"):
+        _flags.append(_former)
+    os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 os.environ.setdefault(
     "OPENBLAS_NUM_THREADS", "1"
 )  # of LAPACK: workers beside each other wait for its threads otherwise
