@@ -4,7 +4,8 @@
 
 Each recipe runs on the same calibration windows and is measured on the same texts: perplexity, divergence from the
 original's predictions, and how often the most likely token is the same. Every finished run is kept in --output, and the
-same command started again goes on behind it. What other tools reach is read from --peers (see ``frontier_peers.py``).
+same command started again goes on behind it. What other tools reach is read from --peers, a JSON file whose "points"
+are like those of frontier.json.
 Writes frontier.json, frontier.md and frontier.png.
 """
 
@@ -111,7 +112,7 @@ def point(series: str, name: str, seed: int, report: dict[str, Any]) -> Point:
 
 
 def read_peers(path: Path) -> Iterator[Point]:
-    """What other tools reach. FpqError if the file is none that ``frontier_peers.py`` writes."""
+    """What other tools reach. FpqError if the file has no such points."""
     try:
         for one in json.loads(path.read_text(encoding="utf-8"))["points"]:
             yield Point(**one)

@@ -114,9 +114,7 @@ def quantize_checkpoint(
         last = all(f"layers.{j}" in finished for j in range(i + 1, config.num_hidden_layers))
         if name in finished:
             if not last:
-                params = {path: to_layout(leaf, "fp8", pad=False) for path, leaf in finished[name]().items()}
-                forward(with_params(layer, below(params, f"{name}.")), hidden, mesh)
-                del params
+                forward(with_params(layer, _as_it_runs(below(finished[name](), f"{name}."))), hidden, mesh)
                 if reference is not None:
                     forward(with_params(layer, replicate(below(read(name)[0], f"{name}."), mesh)), reference, mesh)
             continue
@@ -130,28 +128,30 @@ def quantize_checkpoint(
         done: Done = {}
         for part in stages(model_spec, recipes) if recipe.sequential else [recipes]:
             with seconds.timed("hessians"):
-                stream = Stream(weights | replicate(_as_it_runs(done), mesh), hidden)
+                before = {path: q for path, (q, _) in done.items()}
+                stream = Stream(weights | replicate(_as_it_runs(before), mesh), hidden)
                 other = None if reference is None else Stream(weights, reference)
                 stats = _calibrated(
                     model_spec, stream, part, batches, first_layer if i == 0 and not recipe.sequential else None, other
                 )
-                del stream, other
+                del before, stream, other
             done |= quantize_linears(weights, part, linear_names, stats, mesh, seed, seconds.add, of_layer)
             del stats
         done = {path: done[path] for path in recipes}
         del of_layer
         # written as they are sharded: each process its own part
-        sharded = weights | {path: q for path, (q, _) in done.items()}
+        quantized = {path: q for path, (q, _) in done.items()}
+        sharded = weights | quantized
         with seconds.timed("forward"):
             if not last:
-                whole = weights | replicate(_as_it_runs(done), mesh)
+                whole = weights | replicate(_as_it_runs(quantized), mesh)
                 forward(with_params(layer, whole), hidden, mesh)
                 del whole
                 if reference is not None:
                     forward(with_params(layer, weights), reference, mesh)
         del weights
         part = {f"{name}.{path}": leaf for path, leaf in sharded.items()}
-        del sharded
+        del sharded, quantized
         results = [result for _, result in done.values()]
         del done
         yield Part(name, part, results, seconds)
@@ -171,9 +171,9 @@ def with_fp8_tables(params: Flat, recipe: Recipe) -> Flat:
     return params
 
 
-def _as_it_runs(done: Done) -> Flat:
+def _as_it_runs(params: Flat) -> Flat:
     """In the layout of most speed, which layers of whatever formats share, and with it their programs."""
-    return {path: to_layout(q, "fp8", pad=False) for path, (q, _) in done.items()}
+    return {path: to_layout(leaf, "fp8", pad=False) for path, leaf in params.items()}
 
 
 def _calibrated(
