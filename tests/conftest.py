@@ -21,11 +21,11 @@ def xla_knows(flag: str) -> bool:
 
 
 # tests' programs run once or twice each: optimizing them takes longer than running them. (At level 0 products and sums
-# are not contracted, as they are otherwise, and some tests compare bits.) The quick tier has XLA's former emitters,
-# which compile in half the time; the full tier has those that users have.
+# are not contracted, as they are otherwise, and some tests compare bits.) XLA's former emitters compile in half the time;
+# a jaxlib that has lost their flag, as that of the newer Python in .ci/run, runs the tests with those that users have.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     _flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"]
-    if "--full" not in sys.argv and xla_knows(_former := "--xla_cpu_use_fusion_emitters=false"):
+    if xla_knows(_former := "--xla_cpu_use_fusion_emitters=false"):
         _flags.append(_former)
     os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 os.environ.setdefault(

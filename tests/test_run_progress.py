@@ -88,9 +88,17 @@ def test_killed_at_ten_random_moments(work):
     while kills < KILLS:
         output = f"run{runs}"
         runs += 1
-        while not (work / output).exists():
+
+        def finished_layers() -> int:
+            return len(list((work / f"{output}.unfinished").glob("progress/layers.*.json")))  # noqa: B023
+
+        for behind in sorted(rng.sample(range(LAYERS + 1), 3)):
+            if kills == KILLS or (work / output).exists():
+                break
             process = start(output)
-            process.join(rng.uniform(0, longest) if kills < KILLS else None)
+            while process.is_alive() and finished_layers() < behind:  # a layer, not a time: machines differ in pace
+                time.sleep(0.002)
+            process.join(rng.uniform(0, longest / (100 if behind else 2)))
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -98,9 +106,11 @@ def test_killed_at_ten_random_moments(work):
                     continue
                 kills += 1
                 assert process.exitcode == -signal.SIGKILL
-                finished_at_kill.append(len(list((work / f"{output}.unfinished").glob("progress/layers.*.json"))))
-            else:
-                assert process.exitcode == 0, log.read_text()
+                finished_at_kill.append(finished_layers())
+        if not (work / output).exists():
+            process = start(output)
+            process.join()
+        assert process.exitcode == 0, log.read_text()
         assert_same_bits(work, output, "cold")
     assert len(set(finished_at_kill)) > 1, f"every kill came at the same point: {finished_at_kill}"
 
