@@ -4,25 +4,29 @@
 
 Each recipe runs on the same calibration windows and is measured on the same texts: perplexity, divergence from the
 original's predictions, and how often the most likely token is the same. Every finished run is kept in --output, and the
-same command started again goes on behind it. What other tools reach is read from --peers, a JSON file whose "points"
-are like those of frontier.json.
+same command started again goes on behind it. With --llm-compressor its GPTQ runs on the same windows.
 Writes frontier.json, frontier.md and frontier.png.
 """
 
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import yaml
 from _runs import Runs, check, model_title, prepare, table, text_title
 
 from fpq_jax import FpqError, Recipe
+from fpq_jax._pipeline.job import Job  # private: its windows are another tool's too
 from fpq_jax._support.console import console, run_command  # private: speaks as the commands do
 from fpq_jax._support.files import write_json  # private: written whole, as the commands' reports
 
-GRID = yaml.safe_load(Path(__file__).with_name("frontier.yaml").read_text(encoding="utf-8"))
+PEERS = Path(__file__).with_name("frontier_peers.py")
+GRID = Path(__file__).with_name("frontier.yaml")
+Grid = dict[str, list[dict[str, Any]]]  # by series what is different from a recipe that ships, a line for each recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,12 @@ class Options:
     """Texts to measure on."""
     output: Path
     """Folder for the result and the finished runs; an existing one is gone on with."""
-    series: tuple[str, ...] = tuple(GRID)
-    """Which series of frontier.yaml to run."""
-    peers: Path | None = None
-    """JSON file of what other tools reach on the same windows."""
+    grid: Path = GRID
+    """YAML file of the recipes; frontier_options.yaml has each option's."""
+    series: tuple[str, ...] | None = None
+    """Which series of the grid to run; by default all."""
+    llm_compressor: Path | None = None
+    """Python of an environment that has llm-compressor (see frontier_peers.py), which runs beside us."""
     calibration: str | None = None
     """Text to calibrate on; c4 by default, demo for the demo models."""
     num_samples: int = 128
@@ -67,18 +73,24 @@ class Point(NamedTuple):
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
     check([options.model], options.eval)
-    if unknown := [name for name in options.series if name not in GRID]:
-        raise FpqError(f"There is no series {unknown[0]}; frontier.yaml has {', '.join(GRID)}.")
+    grid = read_grid(options.grid)
+    if options.llm_compressor is not None and not options.llm_compressor.is_file():
+        raise FpqError(f"There is no Python {options.llm_compressor}; --llm-compressor names one that has it.")
+    series = options.series or tuple(grid)
+    if unknown := [name for name in series if name not in grid]:
+        raise FpqError(f"There is no series {unknown[0]}; {options.grid.name} has {', '.join(grid)}.")
     if not options.seeds:
         raise FpqError("Name at least one of --seeds.")
-    named = [(series, name, recipe) for series in options.series for name, recipe in recipes(series)]
-    points = list(read_peers(options.peers)) if options.peers is not None else []
+    named = [(one, name, recipe) for one in series for name, recipe in recipes(grid, one)]
+    points: list[Point] = []
     original: dict[str, float] = {}
     for seed in options.seeds:
         job = prepare(options, options.model, [recipe for *_, recipe in named], seed=seed)
         runs = Runs(job, options.output / "runs" / str(seed))
         original = {text_title(spec): value for spec, value in runs.original().items()}
         points += [point(series, name, seed, runs.report(recipe)) for series, name, recipe in named]
+        if options.llm_compressor is not None:
+            points += peers(options.llm_compressor, job, runs.folder, seed)
     result = {
         "model": model_title(options.model),
         "calibration": {"windows": options.num_samples, "seq_len": options.seq_len, "seeds": list(options.seeds)},
@@ -92,9 +104,20 @@ def main(options: Options) -> None:
     console.print(f"The table is in {options.output / 'frontier.md'}.", markup=False)
 
 
-def recipes(series: str) -> Iterator[tuple[str, Recipe]]:
+def read_grid(path: Path) -> Grid:
+    """A grid's file. FpqError if it cannot be read or is none."""
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not all("recipe" in line for lines in grid.values() for line in lines):
+            raise KeyError("recipe")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise FpqError(f"{path} is no grid of recipes as {GRID.name} ({type(error).__name__}: {error}).") from error
+    return grid
+
+
+def recipes(grid: Grid, series: str) -> Iterator[tuple[str, Recipe]]:
     """Those of a series by name: each line says one that ships, and what is different, as a recipe's file has it."""
-    for line in GRID[series]:
+    for line in grid[series]:
         changed = Recipe.load(line["recipe"]).to_dict()
         for key, value in line.get("with", {}).items():
             changed[key] = changed[key] | value if isinstance(changed[key], dict) else value
@@ -111,13 +134,16 @@ def point(series: str, name: str, seed: int, report: dict[str, Any]) -> Point:
     return Point(series, name, seed, report["bits_per_weight"], report["seconds"], texts)
 
 
-def read_peers(path: Path) -> Iterator[Point]:
-    """What other tools reach. FpqError if the file has no such points."""
-    try:
-        for one in json.loads(path.read_text(encoding="utf-8"))["points"]:
-            yield Point(**one)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FpqError(f"{path} is no file of other tools' results ({type(error).__name__}: {error}).") from error
+def peers(python: Path, job: Job, folder: Path, seed: int) -> list[Point]:
+    """What llm-compressor reaches on the windows of a job, which it finds in a file of the folder."""
+    windows = folder / "windows.npz"
+    texts = {f"eval {text_title(spec)}": tokens for spec, tokens in job.evaluation.items()}
+    np.savez(windows, calibration=job.calibration.windows, **texts)
+    line = [python, PEERS, "--model", job.checkpoint.folder, "--windows", windows, "--output", folder / "peers"]
+    if subprocess.run(list(map(str, line)), check=False).returncode != 0:
+        raise FpqError(f"llm-compressor failed, as it says above; it ran by {' '.join(map(str, line))}.")
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "peers").glob("*.json"))]
+    return [Point(seed=seed, **one) for one in kept]
 
 
 def markdown(result: dict[str, Any], points: list[Point]) -> list[str]:

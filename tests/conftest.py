@@ -21,8 +21,8 @@ def xla_knows(flag: str) -> bool:
 
 
 # tests' programs run once or twice each: optimizing them takes longer than running them. (At level 0 products and sums
-# are not contracted, as they are otherwise, and some tests compare bits.) XLA's former emitters compile in half the time;
-# a jaxlib that has lost their flag, as that of the newer Python in .ci/run, runs the tests with those that users have.
+# are not contracted, as they are otherwise, and some tests compare bits.) XLA's former emitters compile in half the
+# time; a jaxlib that has lost their flag, as .ci/run's newer Python has, runs the tests with those that users have.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     _flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"]
     if xla_knows(_former := "--xla_cpu_use_fusion_emitters=false"):
