@@ -1,6 +1,7 @@
 """A model without its weights."""
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,11 @@ class ModelSpec(NamedTuple):
 
     def without_layers(self) -> Any:
         """An abstract model of the parts before and behind the layers."""
-        return abstract_model(self.model_class, replace(self.config, num_hidden_layers=0), self.dtype)
+        return _abstract(self, 0)
 
     def with_one_layer(self) -> Any:
         """An abstract model whose only layer is like all of them."""
-        return abstract_model(self.model_class, replace(self.config, num_hidden_layers=1), self.dtype)
+        return _abstract(self, 1)
 
     def layer(self) -> Any:
         """An abstract layer."""
@@ -30,3 +31,9 @@ class ModelSpec(NamedTuple):
     def hidden(self, tokens: tuple[int, int]) -> jax.ShapeDtypeStruct:
         """The hidden states of [windows, tokens]."""
         return jax.ShapeDtypeStruct((*tokens, self.config.hidden_size), self.dtype)
+
+
+@lru_cache(maxsize=16)
+def _abstract(spec: ModelSpec, layers: int) -> Any:
+    """One object for all who ask, none of whom changes it (``with_params`` makes copies)."""
+    return abstract_model(spec.model_class, replace(spec.config, num_hidden_layers=layers), spec.dtype)

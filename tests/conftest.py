@@ -67,7 +67,16 @@ _CHECKED = {
         "blocks",
         "conversion",
     ),
-    "_pipeline": ("batches", "layerwise", "backward", "calibration", "quantize_layers", "text", "perplexity"),
+    "_pipeline": (
+        "batches",
+        "layerwise",
+        "predictions",
+        "backward",
+        "calibration",
+        "quantize_layers",
+        "text",
+        "perplexity",
+    ),
 }
 install_import_hook(
     [*(f"fpq_jax.{room}.{name}" for room, names in _CHECKED.items() for name in names), "fpq_jax.models"],

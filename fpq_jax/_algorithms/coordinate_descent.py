@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fpq_jax._algorithms.linalg import matmul
+from fpq_jax._algorithms.linalg import matmul, unrolled
 from fpq_jax._numerics.formats import Format
 from fpq_jax._numerics.scales import Scale
 
@@ -50,7 +50,7 @@ def descend(
             return w.at[j].set(best), g + own[:, j, None] * (best - w[j])
 
         before = rows(weights)
-        after, _ = jax.lax.fori_loop(0, _BLOCK, one, (before, rows(gradient)), unroll=4)
+        after, _ = jax.lax.fori_loop(0, _BLOCK, one, (before, rows(gradient)), unroll=unrolled())
         weights = jax.lax.dynamic_update_slice_in_dim(weights, after, start, 0)
         return weights, gradient + matmul(columns, after - before)
 

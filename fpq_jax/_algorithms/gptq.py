@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fpq_jax._algorithms.linalg import matmul
+from fpq_jax._algorithms.linalg import matmul, unrolled
 from fpq_jax._algorithms.metric import GptqStats, Metric, Order, cholesky, factorize
 from fpq_jax._numerics.formats import Format, encode
 from fpq_jax._numerics.qtensor import QTensor, assemble
@@ -36,7 +36,6 @@ from fpq_jax._numerics.scales import Scale, group_scale, of_inputs, row_referenc
 from fpq_jax._numerics.spec import QuantSpec
 
 _MAX_SEGMENT = 32  # inputs updated one by one; between segments a matrix product does it
-_UNROLLED = 8  # steps of the loop over inputs in one of its turns, which a GPU launches apart
 _MIN_BLOCK = 128  # small groups are put together into blocks of about this size
 _ONE_GROUP_BLOCK = 256  # block size where the whole row is one group
 _CHUNK = 512  # finished inputs entering one matrix product
@@ -330,7 +329,7 @@ def _one_by_one(
         error = (row - at.numbers(at.values(row, fmt), fmt)) / lower[j, j]
         return v - column[:, None] * error
 
-    v = jax.lax.fori_loop(0, v.shape[0], one_input, v, unroll=_UNROLLED)
+    v = jax.lax.fori_loop(0, v.shape[0], one_input, v, unroll=unrolled())
     values = scale.values(v, fmt)
     return (v - scale.numbers(values, fmt)) / jnp.diagonal(lower)[:, None], values
 

@@ -20,7 +20,7 @@ from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.backward import abstract_backward, fisher_windows
 from fpq_jax._pipeline.batches import BATCH_TOKENS, batch_size
 from fpq_jax._pipeline.calibration import abstract_calibrate, stages
-from fpq_jax._pipeline.layerwise import abstract_logits
+from fpq_jax._pipeline.predictions import abstract_predictions
 from fpq_jax._pipeline.quantize_layers import with_fp8_tables
 from fpq_jax._support.console import size_text
 from fpq_jax._support.machine import free_device_memory, free_disk, free_host_memory, on_cpu, resident_memory
@@ -29,8 +29,6 @@ from fpq_jax.models.parameters import params_of
 from fpq_jax.models.spec import ModelSpec
 
 _PROGRAMS = 320 * 2**20  # measured: what compiling the other programs and the libraries not yet in use take
-# of the logits' bytes: those of the original beside them, and both in float32 with their exponentials
-_LOGITS = 8
 _MARGIN = 1.1  # of what is free: what is not counted, such as the allocator's own losses
 
 
@@ -142,12 +140,16 @@ def estimate(
     if hardest:
         next_batch = size // mesh.size * length * config.hidden_size * model_spec.dtype.itemsize
         runs: list[tuple[tuple[str, ...], int]] = []  # kernels that are quantized together, bytes of all statistics
+        calibrations: list[tuple[int, int, Any]] = []  # statistics, which stage, program
         for stage in stages(model_spec, hardest) if recipe.sequential else [hardest]:
             program, sharing, statistics = abstract_calibrate(
                 model_spec, stage, mesh, (size, length), compared=recipe.propagates
             )
-            programs.append((program, streams * next_batch))
+            calibrations.append((statistics, len(calibrations), program))
             runs += [(paths, statistics) for paths in side_by_side(stage, sharing, layer)]
+        # each stage's program is the one before and what follows
+        for _, _, program in {max(calibrations, key=lambda one: one[:2]), calibrations[-1]}:
+            programs.append((program, streams * next_batch))
         for paths, statistics in _largest(runs, layer):
             shape = (layer[paths[0]].shape[0], sum(layer[path].shape[1] for path in paths))
             program = abstract_quantize(shape, model_spec.dtype, hardest[paths[0]], mesh)
@@ -165,8 +167,8 @@ def estimate(
         for chosen in by_layer:
             kept += sum(4 * layer[path].shape[0] ** 2 for path, one in chosen.items() if one.fisher)
     outer = params_of(model_spec.without_layers())
-    program, logits = abstract_logits(model_spec, outer, length, mesh)
-    programs.append((program, _LOGITS * logits))
+    rows = batch_size(max(1, evaluated), length, mesh, batch_tokens)
+    programs.append((abstract_predictions(model_spec, outer, (rows, length), mesh, compared=states > 0), 0))
     device = max(_program_bytes(program) + beside for program, beside in programs)
 
     layer_bytes, outer_bytes = stored_bytes(layer), stored_bytes(outer)

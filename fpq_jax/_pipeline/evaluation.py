@@ -17,8 +17,9 @@ from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import QuantizedCheckpoint
 from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size, windows_at_once
-from fpq_jax._pipeline.layerwise import embed, forward, logits, token_divergences, token_losses, window_by_window
+from fpq_jax._pipeline.layerwise import embed, forward
 from fpq_jax._pipeline.perplexity import Perplexity, of_losses
+from fpq_jax._pipeline.predictions import LastLayer, predictions
 from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows, load_tokenizer, window_length
 from fpq_jax._support.console import progress_bar
 from fpq_jax._support.machine import arithmetic_dtype
@@ -217,21 +218,14 @@ class _Reading:
         for b, rows in enumerate(hidden):
             if self.keep is not None:
                 np.save(_states(self.keep, first + b), rows.view(np.uint8))  # files have no name for bfloat16
-            ours, theirs = logits(self.model_spec, head, rows, mesh), None
+            other = None
             if original is not None:
                 kept = np.load(_states(original.states, first + b)).view(original.model_spec.dtype)
-                theirs = logits(original.model_spec, head_of_original, kept, mesh)
-            of_steps = []
-            for predicted, tokens in zip(ours, window_by_window(batches.tokens[b], mesh), strict=True):
-                found = np.zeros((3, len(tokens)))
-                found[0] = token_losses(predicted, tokens, mesh).sum(axis=1, dtype=np.float64)
-                if theirs is not None:
-                    each = token_divergences(predicted, next(theirs), mesh)
-                    found[1:] = [one.sum(axis=1, dtype=np.float64) for one in each]
-                of_steps.append(found)
-            of_rows = np.stack(of_steps, axis=-1).reshape(3, -1)
+                other = LastLayer(original.model_spec, head_of_original, kept)
+            predicted = predictions(LastLayer(self.model_spec, head, rows), batches.tokens[b], mesh, other)
             real = batches.real[b]
-            sums[:, batches.index[b][real]] = of_rows[:, real]
+            of_windows = predicted[real].sum(axis=1, dtype=np.float64).T
+            sums[: len(of_windows), batches.index[b][real]] = of_windows
         return sum_over_processes(sums), weight_bytes
 
     def _last_hidden(self, batches: Batches) -> tuple[list[np.ndarray], Flat, int]:

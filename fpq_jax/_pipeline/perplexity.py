@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size
-from fpq_jax._pipeline.layerwise import losses
+from fpq_jax._pipeline.predictions import losses
 from fpq_jax._support.mesh import make_mesh
 from fpq_jax._support.trees import ByIdentity, jit
 

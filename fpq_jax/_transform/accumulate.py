@@ -53,7 +53,7 @@ def record_stats(
         other_args = () if other is None else next(following)
         if (shape := _shape(args)) not in known:  # which kernels share an input may depend on it
             known.add(shape)
-            new = jax.eval_shape(partial(_new, recorder, other), arrays, scales, args, other_arrays, other_args)
+            new = _traced_once.eval_shape(recorder, other, arrays, scales, args, other_arrays, other_args)
             total = _zeros(new, ADD, mesh) | total
         # waited for, or all batches would be on the devices at once
         total = jax.block_until_ready(
@@ -72,7 +72,7 @@ def abstract_accumulate(
     out: they take next to nothing."""
     plain = replace(recorder, kernels=tuple((p, k._replace(activation_scale="token")) for p, k in recorder.kernels))
     reference: tuple[Any, ...] = (plain, arrays, args) if compared else (None, [], ())
-    new = jax.eval_shape(partial(_new, plain, reference[0]), arrays, {}, args, *reference[1:])
+    new = _traced_once.eval_shape(plain, reference[0], arrays, {}, args, *reference[1:])
     on = NamedSharding(mesh, BATCH)
     total = jax.tree.map(lambda one: jax.ShapeDtypeStruct((mesh.size, *one.shape), one.dtype, sharding=on), new)
     program = accumulate.lower(plain, reference[0], mesh, total, arrays, {}, args, *reference[1:])
@@ -106,6 +106,9 @@ def _new(
     if reference is None:
         return recorder.stats(arrays, scales, args)
     return recorder.compared(arrays, scales, args, reference, reference_arrays, reference_args)
+
+
+_traced_once = jax.jit(_new, static_argnums=(0, 1))  # of layers that are alike
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
