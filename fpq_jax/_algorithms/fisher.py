@@ -49,9 +49,9 @@ def blended(hessian: Float[Array, "in in"], fisher: Fisher, share: float) -> Flo
     return jnp.where(trace > 0, share * factor * fisher.inputs + (1 - share) * hessian, hessian)
 
 
-def expected_loss(error: Float[Array, "in out"], fisher: Fisher) -> Float[Array, ""]:
-    """By how much an error in the weight raises the loss of a token, in nats."""
+def expected_losses(error: Float[Array, "in out"], fisher: Fisher) -> Float[Array, " out"]:
+    """By how much the error of each output raises the loss of a token, in nats."""
     trace = jnp.trace(fisher.inputs)
     each = jnp.sum(error * matmul(fisher.inputs, error), axis=0)
     scale = jnp.where(trace > 0, trace, 1.0) * jnp.maximum(fisher.tokens, 1)
-    return 0.5 * jnp.sum(fisher.outputs * each) / scale
+    return 0.5 * fisher.outputs * each / scale

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._algorithms.error_propagation import propagated
-from fpq_jax._algorithms.fisher import Fisher, blended
+from fpq_jax._algorithms.fisher import Fisher, blended, expected_losses
 from fpq_jax._algorithms.gptq import gptq_with_stats
 from fpq_jax._algorithms.joint import Columns, quantize_jointly
 from fpq_jax._algorithms.linear_recipe import LinearRecipe, Lorc
@@ -147,12 +147,13 @@ def _mean(hessian: Float[Array, "in in"], count: Int[Array, ""]) -> Float[Array,
 
 
 class _ByOutput(NamedTuple):
-    """Of each output: mean squares of what rounding loses, of what the QTensor loses, and of the output itself; and
-    whether all its weights are zero."""
+    """Of each output: mean squares of what rounding loses, of what the QTensor loses, and of the output itself; by how
+    much the latter raises the loss of a token, zero without Fisher information; whether all its weights are zero."""
 
     rounding: Any
     lost: Any
     total: Any
+    expected: Any
     zero: Any
 
 
@@ -312,7 +313,11 @@ def _quantize_kernel(
             q, stats = gptq_with_stats(w, mean, spec, damping=recipe.damping)
         rounding, total = column_errors(w, dequantize(rounded), mean), column_errors(w, jnp.zeros_like(w), mean)
         lost = rounding if recipe.method == "round" else column_errors(w, dequantize(q), mean)
-        outputs = _ByOutput(rounding, lost, total, jnp.all(w == 0, axis=0))
+        expected = jnp.zeros_like(lost)
+        if fisher is not None:
+            of_own = fisher._replace(outputs=own(fisher.outputs[None])[0])
+            expected = expected_losses(dequantize(q) - w.astype(jnp.float32), of_own)
+        outputs = _ByOutput(rounding, lost, total, expected, jnp.all(w == 0, axis=0))
         return _Quantized(q, stats, jax.tree.map(lambda values: gather(values[None])[0], outputs))
 
     seed = jnp.asarray(seed)
