@@ -39,8 +39,8 @@ class Options:
     """Bits of a weight on average, all that is stored counted: each Linear gets of them what lowers the loss most."""
     calibration: str | None = None
     """Text to calibrate on: wikitext2, ptb, c4, demo or a file; c4 by default, demo for the demo model."""
-    num_samples: int = 128
-    """Calibration windows."""
+    num_samples: int | None = None
+    """Calibration windows; by default 128, 64 for the demo models."""
     seq_len: int | None = None
     """Tokens per window; by default 2,048, or the model's longest if that is shorter."""
     eval: tuple[str, ...] = ()

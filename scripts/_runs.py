@@ -84,13 +84,17 @@ def prepare(options: Any, model: str, recipes: list[Recipe], **changes: Any) -> 
 
 
 def check(models: Sequence[str], texts: Sequence[str]) -> None:
-    """FpqError for what is wrong with a script's models and texts as such, or if plots cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise FpqError("The plots need matplotlib, which is not installed; pip install '.[studies]'.")
+    """FpqError for what is wrong with a script's models and texts as such."""
     if not models or not texts:
         raise FpqError("Name at least one --model and one --eval.")
     if len({model_title(model) for model in models}) < len(models):
         raise FpqError("Two --model have the same name; their runs would be kept in one folder.")
+
+
+def check_plots() -> None:
+    """FpqError if plots cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FpqError("The plots need matplotlib, which is not installed; pip install '.[studies]'.")
 
 
 def model_title(model: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
-from _runs import Runs, check, model_title, prepare, table, text_title
+from _runs import Runs, check, check_plots, model_title, prepare, table, text_title
 
 from fpq_jax import FpqError, Recipe
 from fpq_jax._pipeline.job import Job  # private: its windows are another tool's too
@@ -73,6 +73,7 @@ class Point(NamedTuple):
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
     check([options.model], options.eval)
+    check_plots()
     grid = read_grid(options.grid)
     if options.llm_compressor is not None and not options.llm_compressor.is_file():
         raise FpqError(f"There is no Python {options.llm_compressor}; --llm-compressor names one that has it.")

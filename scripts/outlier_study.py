@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import inject_outliers
-from _runs import Runs, check, model_title, prepare, table, text_title
+from _runs import Runs, check, check_plots, model_title, prepare, table, text_title
 
 from fpq_jax import FpqError, Recipe
 from fpq_jax._pipeline.job import default_calibration  # private: many recipes on one opened model
@@ -63,6 +63,7 @@ class Options:
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
     check(options.model, options.eval)
+    check_plots()
     if not options.factors or not all(math.isfinite(factor) and factor > 0 for factor in options.factors):
         raise FpqError(f"--factors are {options.factors}; name at least one, all of them positive numbers.")
     for model in options.model:  # each is opened and checked before the first one is worked on

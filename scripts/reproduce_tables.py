@@ -5,7 +5,7 @@
 zeroquant_fp.yaml says which recipe each row is. Every finished run is kept in --output, and the same command started
 again goes on behind it. The calibration text is read and the unquantized model measured once for all rows; rows with
 the same activations share the first layer's Hessians, and a recipe that stands in several tables runs once.
-Writes tables.md, tables.json and tables.png (perplexity against bits per weight).
+Writes tables.md and tables.json.
 """
 
 import json
@@ -115,7 +115,7 @@ def check_claims(runs: dict[str | None, Any]) -> list[dict[str, Any]]:
 
 
 def write(options: Options, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    """The tables as Markdown, JSON and a plot."""
+    """The tables as Markdown and JSON."""
     named = {
         title: {**m, "runs": {name or "W16A16": run for name, run in m["runs"].items()}}
         for title, m in result["models"].items()
@@ -123,7 +123,6 @@ def write(options: Options, rows: list[dict[str, Any]], result: dict[str, Any]) 
     text = json.dumps({**result, "models": named}, indent=1)
     (options.output / "tables.json").write_text(text + "\n", encoding="utf-8")
     (options.output / "tables.md").write_text(markdown(options, rows, result), encoding="utf-8")
-    plot(options.output / "tables.png", rows, result)
 
 
 def markdown(options: Options, rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
@@ -154,7 +153,7 @@ def markdown(options: Options, rows: list[dict[str, Any]], result: dict[str, Any
             for c in checks
         ]
         body.append([first["claim"], f"`{first['better']}`", f"`{first['worse']}`", *cells])
-    return "\n".join([*lines, *table(header, body), "", "![perplexity against bits per weight](tables.png)", ""])
+    return "\n".join([*lines, *table(header, body), ""])
 
 
 def numbers(mean: float, values: list[float]) -> str:
@@ -166,24 +165,6 @@ def paper_numbers(values: list[float] | float | None) -> str:
     if isinstance(values, list):
         return numbers(values[0], values[1:])
     return "" if values is None else f"{values:.2f}"
-
-
-def plot(path: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    """Mean perplexity against bits per weight, a panel for each model and a line for each scheme."""
-    from matplotlib.figure import Figure
-
-    models = result["models"]
-    figure = Figure(figsize=(6 * len(models), 4.5), layout="constrained")
-    for axes, (title, measured) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
-        runs = measured["runs"]
-        for scheme in dict.fromkeys(row["scheme"] for row in rows if row["recipe"]):
-            names = dict.fromkeys(row["recipe"] for row in rows if row["scheme"] == scheme)
-            points = sorted((runs[name]["bits_per_weight"], runs[name]["mean"]) for name in names)
-            axes.plot(*zip(*points, strict=True), marker="o", label=scheme)
-        axes.axhline(runs[None]["mean"], color="gray", linestyle="--", label="W16A16")
-        axes.set(title=title, xlabel="bits per weight", ylabel="perplexity (mean)")
-        axes.legend()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.mesh import from_first, is_first, make_mesh, mesh_text
 from fpq_jax.models.spec import ModelSpec
 
+_SAMPLES = 128  # calibration windows, as the paper has them
+_DEMO_SAMPLES = 64  # of a model that is to be quantized within a minute
+
 
 def default_calibration(model: str | None) -> str:
     """The text to calibrate a model on where none is named."""
@@ -50,7 +53,7 @@ class JobOptions:
 
     model: str | None
     calibration: str | None = None
-    num_samples: int = 128
+    num_samples: int | None = None
     seq_len: int | None = None
     eval: Sequence[str] = ()
     max_windows: int | None = None
@@ -67,6 +70,11 @@ class JobOptions:
     @property
     def calibration_spec(self) -> str:
         return self.calibration or default_calibration(self.model)
+
+    @property
+    def samples(self) -> int:
+        """How many calibration windows are wanted."""
+        return self.num_samples or (_DEMO_SAMPLES if is_demo(self.model) else _SAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +149,7 @@ def open_job(options: JobOptions, recipes: Sequence[Recipe]) -> Job:
     calibration = calibration_text(
         options.calibration_spec,
         tokenizer,
-        num_samples=options.num_samples,
+        num_samples=options.samples,
         length=length,
         seed=options.seed,
         hold_back=not options.eval,

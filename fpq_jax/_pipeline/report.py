@@ -90,7 +90,7 @@ def make_report(
         "calibration": {
             "spec": job.calibration.spec,
             "num_samples": samples,
-            "requested_samples": job.options.num_samples,
+            "requested_samples": job.options.samples,
             "seq_len": length,
             "max_windows": job.options.max_windows,
             # the text under "perplexity" that is the end of the calibration text
