@@ -161,7 +161,7 @@ def _print_summary(output: Path | None, result: RunResult) -> None:
     if slow := sum(kind in ("codes", "dequantized") for kind in products):
         console.print(
             f"{slow} of {len(products)} Linears multiply in bfloat16: free group scales, or formats other than FP8, "
-            "have no FP8 form. Recipes such as w4a8-fp-m2-lorc and w8a8-fp run in FP8."
+            "have no FP8 form. Recipes such as w4a8-mixed and w8a8-fp run in FP8."
         )
     if output is None:
         console.print("No --output was named, so the quantized model was measured and not kept.")

@@ -23,7 +23,6 @@ from safetensors.numpy import save_file
 
 from fpq_jax import Recipe, make_mesh
 from fpq_jax._algorithms.lorc import OVERSAMPLING, POWER_ITERATIONS  # private: what its operations are counted by
-from fpq_jax._algorithms.recipe import DEFAULT_RECIPE  # private: its name alone
 from fpq_jax._checkpoints.huggingface import HfCheckpoint  # private: a checkpoint read and written tensor by tensor
 from fpq_jax._pipeline.quantize_layers import quantize_checkpoint  # private: times the pipeline's stages
 from fpq_jax._storage.orbax_parts import PartsWriter  # private: times the writing of a part
@@ -122,7 +121,7 @@ def matmul_peak() -> float:
 
 def measure(options: Options, shape: Shape) -> dict[str, float]:
     """Median seconds of each stage of a layer."""
-    recipe = Recipe.load(DEFAULT_RECIPE).with_lorc_rank(options.rank)
+    recipe = Recipe.load("w4a8-fp-m2-lorc").with_lorc_rank(options.rank)
     windows = np.random.default_rng(0).integers(0, 256, (options.num_samples, options.seq_len))
     stages: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -101,7 +101,9 @@ def test_bits_are_divided_as_the_losses_say(tiny_llama, text_file, tmp_path):
 
 def test_bits_that_no_choice_can_reach_are_refused_at_once(tiny_llama, text_file):
     options = JobOptions(model=str(tiny_llama), calibration=str(text_file))
-    with pytest.raises(FpqError, match=r"bits is 4; the least that this recipe can take of this model is 5.1111"):
+    with pytest.raises(
+        FpqError, match=r"bits is 4, and the least that this recipe can take of this model is 5.1111; say --bits"
+    ):
         open_job(options, [Recipe.from_dict(RECIPE | {"bits": 4})])
     with pytest.raises(FpqError, match="nothing to choose"):
         open_job(

@@ -17,7 +17,9 @@ from fpq_jax.quantize import Options, main
 
 
 def command(monkeypatch, *arguments):
-    """Run in this process as the command line would."""
+    """Run in this process as the command line would; the tiny models' scales take more bits than the default allows."""
+    if "--recipe" not in arguments:
+        arguments += ("--recipe", "w4a8-fp-m2-lorc")
     monkeypatch.setattr("sys.argv", ["quantize", *map(str, arguments)])
     run_command(main, Options, "quantize")
 
@@ -272,7 +274,7 @@ def test_a_quantized_directory_is_not_quantized_again(monkeypatch, capsys, tmp_p
 def test_a_killed_run_leaves_no_directory_of_that_name(tmp_path, tiny_llama, text_file):
     """Killed while it works: --output must not exist, and the same command then succeeds."""
     line = [sys.executable, "-m", "fpq_jax.quantize", "--model", tiny_llama, "--calibration", text_file,
-            "--num-samples", "4", "--output", tmp_path / "out"]  # fmt: skip
+            "--recipe", "w4a8-fp-m2-lorc", "--num-samples", "4", "--output", tmp_path / "out"]  # fmt: skip
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as run:
         for printed in run.stdout:
             if "model.layers.0" in printed:

@@ -41,7 +41,7 @@ def work(tmp_path_factory):
 
 def options(folder: Path, output: str, **changes) -> quantize.Options:
     given = {"model": str(folder / "model"), "calibration": str(folder / "text.txt"), "num_samples": 9,
-             "group_size": 16, "max_windows": 4, "output": folder / output}  # fmt: skip
+             "recipe": "w4a8-fp-m2-lorc", "group_size": 16, "max_windows": 4, "output": folder / output}  # fmt: skip
     return quantize.Options(**(given | changes))
 
 

@@ -15,7 +15,7 @@ from fpq_jax._errors import FpqError
 from fpq_jax._numerics.formats import E4M3, Format, get_format
 from fpq_jax._numerics.qtensor import Kind
 
-DEFAULT_RECIPE = "w4a8-fp-m2-lorc"
+DEFAULT_RECIPE = "w4a8-mixed"
 _OF_ALL = ("sequential", "bits", "embedding", "head")  # keys of the whole recipe
 
 

@@ -36,7 +36,10 @@ def check_bits(checkpoint: HfCheckpoint, recipe: Recipe) -> None:
         raise FpqError(f"Recipe {recipe.name} has a rule for every Linear, so bits has nothing to choose.")
     if (missing := sum(map(min, bits.values())) - allowed) > 0:
         least = recipe.bits + missing / weights
-        raise FpqError(f"bits is {recipe.bits:g}; the least that this recipe can take of this model is {least:.4f}.")
+        raise FpqError(
+            f"bits is {recipe.bits:g}, and the least that this recipe can take of this model is {least:.4f}; "
+            "say --bits, or another recipe."
+        )
 
 
 def _bits(checkpoint: HfCheckpoint, recipe: Recipe) -> tuple[dict[str, list[int]], float, int]:
