@@ -191,7 +191,8 @@ def test_a_full_disk_is_said_and_when_there_is_room_the_command_goes_on(work, tm
         "sys.argv = sys.argv[1:]; run_command(quantize.main, quantize.Options, 'quantize')"
     )
     line = [sys.executable, "-c", code, "quantize", "--model", work / "model", "--calibration", work / "text.txt",
-            "--num-samples", "9", "--group-size", "16", "--max-windows", "4", "--output", "disk/full"]  # fmt: skip
+            "--recipe", "w4a8-fp-m2-lorc", "--num-samples", "9", "--group-size", "16", "--max-windows", "4",
+            "--output", "disk/full"]  # fmt: skip
     script = (
         'cd "$0" && mkdir -p disk && mount -t tmpfs -o size=350k tmpfs disk || exit 77; "$@"; first=$?; '
         "ls disk/full.unfinished/progress; mount -o remount,size=20m disk || exit 77; "
