@@ -7,8 +7,6 @@ from fpq_jax._algorithms.recipe import DEFAULT_RECIPE
 from fpq_jax._pipeline.job import JobOptions, open_job
 from fpq_jax._pipeline.run import measure_original, run_progress, run_recipe
 
-PAPER = {"name": "w4a8-fp-m2", "weight": {"constraint": "m2"}}
-
 
 def divergences(model: str, states, **recipes: Recipe) -> dict[str, float]:
     """From the original, by recipe, on text that is held back."""
@@ -44,10 +42,7 @@ def test_formats_options_and_bits_each_bring_their_part(tmp_path):
 
 @pytest.mark.full
 def test_the_fisher_information_lowers_the_divergence_on_other_text(tmp_path):
-    found = divergences(
-        "demo-opt",
-        tmp_path / "original",
-        without=Recipe.from_dict(PAPER),
-        fisher=Recipe.from_dict(PAPER | {"fisher": 0.2}),
-    )
+    paper = Recipe.load("w4a8-fp-m2")
+    fisher = Recipe.from_dict(paper.to_dict() | {"fisher": 0.2})
+    found = divergences("demo-opt", tmp_path / "original", without=paper, fisher=fisher)
     assert found["fisher"] < found["without"], found

@@ -102,7 +102,7 @@ def test_points_of_two_seeds_beside_another_tools(script, tmp_path, tiny_llama, 
 
 @pytest.mark.full
 def test_what_another_tool_loses_by_its_logits(script, tmp_path):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
     peers = importlib.import_module("frontier_peers")
     original = peers.load(write_checkpoint(tmp_path / "original", TINY_CONFIG, random_tensors(TINY_CONFIG)))
     rng = np.random.default_rng(0)

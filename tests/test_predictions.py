@@ -36,27 +36,27 @@ def test_divergences_and_losses_of_logits():
 def test_predictions_are_those_of_whole_windows(windows, length):
     config = LlamaConfig.from_hf({**TINY_CONFIG, "vocab_size": 37, "hidden_size": 16, "tie_word_embeddings": False})
     models, logits, rng = [], [], np.random.default_rng(length)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        spec = ModelSpec(Llama, config, dtype)
+    for _ in range(2):
+        spec = ModelSpec(Llama, config, jnp.float32)
         params = {
             path: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
             for path, leaf in params_of(spec.without_layers()).items()
         }
-        hidden = np.asarray(jnp.asarray(rng.normal(size=(windows, length, 16)), dtype))
+        hidden = rng.normal(size=(windows, length, 16)).astype(np.float32)
         models.append(LastLayer(spec, params, hidden))
         scale = np.asarray(params["norm.scale"], np.float64)
         x = hidden.astype(np.float64)
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
         logits.append(x @ np.asarray(params["lm_head.kernel"], np.float64))
     tokens = rng.integers(0, 37, (windows, length)).astype(np.int32)
-    loss, kl, _ = (part[:, :-1] for part in reference(*logits, np.roll(tokens, -1, 1)))
+    loss, kl, same = (part[:, :-1] for part in reference(*logits, np.roll(tokens, -1, 1)))
     mesh = make_mesh()
     alone, found = predictions(models[0], tokens, mesh), predictions(models[0], tokens, mesh, models[1])
     assert alone.shape == (windows, length - 1, 1) and found.shape == (windows, length - 1, 3)
     np.testing.assert_allclose(alone[..., 0], loss, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(alone[..., 0], found[..., 0])
-    np.testing.assert_allclose(found[..., 1], kl, rtol=0.1, atol=0.1)  # the original's head is in bfloat16
-    assert set(np.unique(found[..., 2])) <= {0.0, 1.0}
+    np.testing.assert_allclose(found[..., 1], kl, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(found[..., 2], same)
 
 
 def test_blocks_hold_all_tokens_in_order():

@@ -148,7 +148,7 @@ def _mean(hessian: Float[Array, "in in"], count: Int[Array, ""]) -> Float[Array,
 
 class _ByOutput(NamedTuple):
     """Of each output: mean squares of what rounding loses, of what the QTensor loses, and of the output itself; by how
-    much the latter raises the loss of a token, zero without Fisher information; whether all its weights are zero."""
+    much the QTensor raises the loss of a token, zero without Fisher information; whether all its weights are zero."""
 
     rounding: Any
     lost: Any
