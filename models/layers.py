@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from fpq_jax._matmul.bfloat16_products import array_product
 from fpq_jax._matmul.linear import linear, linears
 from fpq_jax._numerics.qtensor import QTensor, take_outputs
 from fpq_jax._support.mesh import MODEL, over_model
@@ -139,7 +140,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         table = self.embedding.get_value()
-        return linear(x, table) if isinstance(table, QTensor) else x @ table.T
+        return linear(x, table) if isinstance(table, QTensor) else array_product(x, table, 1)
 
 
 def rotate(

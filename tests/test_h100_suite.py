@@ -13,13 +13,9 @@ pytestmark = pytest.mark.full
 SCRIPT = Path(__file__).parents[1] / "scripts" / "h100_suite.py"
 
 
-# its many programs run once or twice each, so that optimizing them takes longer than they do
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
 def suite(*arguments):
     line = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | QUICK)
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 def test_every_part_runs_in_its_tiny_form(tmp_path):

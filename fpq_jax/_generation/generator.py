@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from fpq_jax._errors import FpqError
 from fpq_jax._generation.row_sharding import Rows
 from fpq_jax._numerics.qtensor import QTensor
+from fpq_jax._support.compiling import compiled
 
 KvCache = Literal["model", "float8"]
 _MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serve again
@@ -200,7 +201,7 @@ class Generator:
         at = (function, sampling, shapes)
         if at not in self._programs:
             jitted = jax.jit(on.over(function), static_argnums=(0, 1), donate_argnums=4)
-            self._programs[at] = jitted.lower(self._graph, sampling, *arguments).compile()
+            self._programs[at] = compiled(jitted.lower(self._graph, sampling, *arguments))
         return self._programs[at]
 
 

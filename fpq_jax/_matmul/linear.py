@@ -31,6 +31,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
+from fpq_jax._matmul.bfloat16_products import array_product, float32_product
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments, of_fragments
 from fpq_jax._matmul.products import _product, tokens_for
 from fpq_jax._numerics.activations import QuantizedTokens
@@ -102,7 +103,7 @@ def linears(
     results = []
     for kernel, bias in weights:
         if not isinstance(kernel, QTensor | Fragments):
-            y = _row_parallel_linear(x, kernel) if isinstance(kernel, RowParallelKernel) else x @ kernel
+            y = _row_parallel_linear(x, kernel) if isinstance(kernel, RowParallelKernel) else array_product(x, kernel)
             results.append(y if bias is None else y + bias)
             continue
         tokens = None
@@ -166,7 +167,7 @@ def _multiplied(
     """x (quantized: ``tokens``) times the weight without LoRC, in float32. It is differentiated as x @ dequantize(q):
     straight through the rounding of x (Bengio et al., arXiv 1308.3432), and the weight is a constant."""
     if tokens is None:
-        return jnp.matmul(x, dequantize(of_fragments(q), x.dtype), preferred_element_type=jnp.float32)
+        return float32_product(x, dequantize(of_fragments(q), x.dtype))
     return _product(tokens, q)
 
 
@@ -175,7 +176,7 @@ def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
     y = _multiplied(*primals)
     if isinstance(tangents[0], SymbolicZero):
         return y, jnp.zeros_like(y)
-    return y, jnp.matmul(tangents[0], dequantize(of_fragments(q), x.dtype), preferred_element_type=jnp.float32)
+    return y, float32_product(tangents[0], dequantize(of_fragments(q), x.dtype))
 
 
 _multiplied.defjvp(_multiplied_jvp, symbolic_zeros=True)
@@ -192,7 +193,7 @@ def _low_rank_linear(
     """
     whole = axis is not None and x.dtype != jnp.bfloat16
     if x.dtype == jnp.bfloat16 and low_rank.scale is None:
-        inner = jnp.matmul(x, low_rank.a, preferred_element_type=jnp.bfloat16)
+        inner = array_product(x, low_rank.a)
     else:
         inner = _bfloat16_matmul(x, low_rank.a)
         inner = jax.lax.psum(inner, axis) if whole else inner
@@ -207,4 +208,4 @@ def _bfloat16_matmul(x: Float[Array, "*batch k"], w: Shaped[Array, "k n"]) -> Fl
     if x.dtype != jnp.bfloat16:
         # a bare cast there and back is dropped in some programs and kept in others, which would then differ
         x = jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16)
-    return jnp.matmul(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    return float32_product(x, w.astype(jnp.bfloat16))
