@@ -1,18 +1,18 @@
 """Continue texts: python -m fpq_jax.generate --model DIR --prompt TEXT."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fpq_jax._checkpoints.load_save import load
-from fpq_jax._checkpoints.sources import resolve_model
+from fpq_jax._checkpoints.sources import open_model, resolve_model
 from fpq_jax._errors import FpqError, check_at_least
 from fpq_jax._generation.generator import Generator, KvCache, Sampling
 from fpq_jax._matmul.fp4_kernel.matmul import notice
 from fpq_jax._matmul.weight_layouts import WeightLayout
 from fpq_jax._pipeline.text import load_tokenizer
 from fpq_jax._support.console import console, join_processes, run_command, size_text
+from fpq_jax._support.files import read_json_object
 from fpq_jax._support.mesh import parse_mesh
 from fpq_jax._support.trees import stored_bytes
 from fpq_jax.models.parameters import params_of
@@ -55,16 +55,18 @@ def main(options: Options) -> None:
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
     mesh = parse_mesh(options.mesh)
+    vocab_size = open_model(folder).model_config.vocab_size
+    tokenizer = load_tokenizer(folder)
+    stop = _stop_tokens(folder, tokenizer, vocab_size)
     model = load(folder, weights=options.weights, mesh=mesh if mesh.size > 1 else None)
     if options.weights == "fragments":
         console.print(notice(), markup=False)
-    tokenizer = load_tokenizer(folder)
     shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])
     result = Generator(model, kv_cache=options.kv_cache)(
         shown.prompts,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
-        stop=_stop_tokens(folder, tokenizer),
+        stop=stop,
         seed=options.seed,
         on_token=shown.add,
     )
@@ -113,15 +115,18 @@ class _Shown:
         self.text = text
 
 
-def _stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
+def _stop_tokens(folder: Path, tokenizer: Any, vocab_size: int) -> set[int]:
     """End-of-text tokens as the model's generation config, its config or its tokenizer name them, in this order."""
     for name in ("generation_config.json", "config.json"):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, json.JSONDecodeError):
+        path = folder / name
+        found = read_json_object(path).get("eos_token_id") if path.is_file() else None
+        if found is None:
             continue
-        if found is not None:
-            return set(found) if isinstance(found, list) else {found}
+        tokens = found if isinstance(found, list) else [found]
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise FpqError(f"{path}: eos_token_id is {found!r}; it must be token ids below {vocab_size}.")
+        return set(tokens)
     return set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
 
 

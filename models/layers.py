@@ -1,4 +1,4 @@
-"""Building blocks that every decoder shares: Linear, norms, embedding, rotary positions.
+"""Building blocks that every decoder shares: Linear, norms, embedding.
 
 Shapes use B (batch), T (tokens), D (hidden size), H (heads), C (head size).
 """
@@ -76,6 +76,11 @@ class Block(nnx.Module):
         return linears(x, [getattr(self, part).weights for part in self.MERGED[name]])
 
 
+def _inverse_root(square: Float[Array, "*batch 1"], epsilon: float) -> Float[Array, "*batch 1"]:
+    """1 / sqrt(square + epsilon); NaN where squares overflow, whose vectors would pass as zeros otherwise."""
+    return jnp.where(jnp.isinf(square), jnp.nan, jax.lax.rsqrt(square + epsilon))
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization in float32, then the gain (Zhang & Sennrich, 2019)."""
 
@@ -85,7 +90,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        x32 = x32 * _inverse_root(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.epsilon)
         return x32.astype(x.dtype) * self.scale.get_value()
 
 
@@ -100,7 +105,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        x32 = x32 * _inverse_root(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.epsilon)
         if self.scale is not None and self.bias is not None:
             x32 = x32 * self.scale.get_value() + self.bias.get_value()
         return x32.astype(x.dtype)
@@ -141,16 +146,6 @@ class Embedding(nnx.Module):
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         table = self.embedding.get_value()
         return linear(x, table) if isinstance(table, QTensor) else array_product(x, table, 1)
-
-
-def rotate(
-    x: Float[Array, "B T H C"], positions: Int[Array, "B T"], inverse_frequencies: Float[Array, " half"]
-) -> Float[Array, "B T H C"]:
-    """Rotary position embedding with the halves layout of Hugging Face's LLaMA; angles in float32."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
-    cos, sin = jnp.cos(angles)[:, :, None, :].astype(x.dtype), jnp.sin(angles)[:, :, None, :].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def split_heads(x: Float[Array, "R T D"], head_dim: int, batch: int) -> Float[Array, "B T H C"]:

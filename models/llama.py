@@ -4,23 +4,22 @@ Attribute names follow the checkpoint's, so a parameter's path is its Hugging Fa
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
-from fpq_jax.models.config import check_counts
+from fpq_jax.models.config import ConfigValues
 from fpq_jax.models.decoder import Decoder
 from fpq_jax.models.kv_cache import attend
-from fpq_jax.models.layers import Block, Embedding, Linear, RMSNorm, pad_rows, rotate, split_heads
+from fpq_jax.models.layers import Block, Embedding, Linear, RMSNorm, pad_rows, split_heads
+from fpq_jax.models.rotary import attention_factor, inverse_frequencies, read_rotary, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,43 +44,33 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Read a ``config.json`` (transformers 4 or 5); FpqError names a key or value that is not supported."""
+        values = ConfigValues(config)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        check_counts(config, required, ("num_key_value_heads", "head_dim", "max_position_embeddings"))
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise FpqError(
-                f"config.json: hidden_act {config['hidden_act']!r} is not supported for LLaMA; only 'silu' is."
-            )
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
+        values.require(*required)
+        sizes = {key: values.count(key) for key in required}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        kv_heads = values.count("num_key_value_heads", heads)
         if heads % kv_heads:
             raise FpqError(
                 f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
             )
-        # transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-        rope.pop("type", None)
-        if kind not in ("default", "linear", "llama3"):
-            raise FpqError(f"config.json: rope scaling {kind!r} is not supported; default, linear and llama3 are.")
-        if kind == "llama3":
-            rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-        needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
-        if missing := [key for key in needed if rope.get(key) is None]:
-            raise FpqError(f"config.json: rope scaling {kind!r} lacks {', '.join(missing)}.")
-        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
-            raise FpqError("config.json: partial_rotary_factor is not supported for LLaMA.")
+        values.choice("hidden_act", ("silu", "swish"), "silu")
+        head_dim = values.count("head_dim", max(1, hidden // heads))
+        if head_dim % 2:
+            raise FpqError(f"config.json: head_dim is {head_dim}; rotary positions need an even one.")
+        positions = values.count("max_position_embeddings", 2048)
+        theta, scaling = read_rotary(config, positions)
         return cls(
-            **{key: config[key] for key in required},
+            **sizes,
             num_key_value_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            rope_theta=float(theta),
-            rope_scaling=() if kind == "default" else (("rope_type", kind), *((key, rope[key]) for key in needed)),
+            head_dim=head_dim,
+            max_position_embeddings=positions,
+            rms_norm_eps=values.number("rms_norm_eps", 1e-6, most=1.0),
+            attention_bias=values.flag("attention_bias", False),
+            mlp_bias=values.flag("mlp_bias", False),
+            tie_word_embeddings=values.flag("tie_word_embeddings", False),
+            rope_theta=theta,
+            rope_scaling=scaling,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -96,27 +85,6 @@ class LlamaConfig:
         """The paper's LoRC rank, the same for every LLaMA."""
         return 8
 
-    def inverse_frequencies(self) -> Float[np.ndarray, " half"]:
-        """Rotary frequencies per pair of channels, float32, scaled as ``rope_scaling`` says."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        frequencies = (np.float32(1.0) / np.power(np.float32(self.rope_theta), exponents)).astype(np.float32)
-        scaling = dict(self.rope_scaling)
-        if scaling.get("rope_type") == "linear":
-            return (frequencies / np.float32(scaling["factor"])).astype(np.float32)
-        if scaling.get("rope_type") == "llama3":
-            return _llama3_frequencies(frequencies, *(scaling[key] for key in _LLAMA3_KEYS))
-        return frequencies
-
-
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def _llama3_frequencies(frequencies: np.ndarray, factor: float, low: float, high: float, context: int) -> np.ndarray:
-    """LLaMA 3.1's scaling: long wavelengths divided by ``factor``, short ones kept, a linear blend between."""
-    wavelengths = 2 * math.pi / frequencies
-    keep = np.clip((context / wavelengths - low) / (high - low), 0.0, 1.0)
-    return ((1 - keep) * frequencies / factor + keep * frequencies).astype(np.float32)
-
 
 class Attention(Block):
     """Grouped-query attention with rotary positions."""
@@ -125,7 +93,9 @@ class Attention(Block):
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
-        self.frequencies = tuple(config.inverse_frequencies().tolist())
+        rotary = config.rope_theta, config.rope_scaling
+        self.frequencies = tuple(inverse_frequencies(config.head_dim, *rotary).tolist())
+        self.rotary_factor = attention_factor(config.rope_scaling)
         query, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         options: Any = dict(use_bias=config.attention_bias, dtype=dtype, rngs=rngs)
         self.q_proj = Linear(config.hidden_size, query, **options)
@@ -140,7 +110,7 @@ class Attention(Block):
         query, key, value = (split_heads(y, self.head_dim, len(positions)) for y in projected)
         with jax.named_scope("attention"):
             frequencies = jnp.asarray(self.frequencies, jnp.float32)
-            query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
+            query, key = (rotate(y, positions, frequencies, self.rotary_factor) for y in (query, key))
             attention, cache = attend(
                 query, key, value, positions, cache, fresh=fresh, implementation=self.implementation
             )
@@ -191,7 +161,7 @@ class Llama(Decoder):
         (r"lm_head\.kernel", "lm_head.weight"),
     )
     # rotary tables of old checkpoints; a head that is tied
-    IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+    IGNORED = (r"(.+\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", r"lm_head\.weight")
     EMBEDDING = ("embed_tokens.",)
     DIVISIBLE = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     SPLIT: ClassVar = {

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fpq_jax._errors import FpqError
-from fpq_jax.models.config import check_counts
+from fpq_jax.models.config import ConfigValues
 from fpq_jax.models.decoder import Decoder
 from fpq_jax.models.kv_cache import attend
 from fpq_jax.models.layers import Block, Embedding, LayerNorm, Linear, pad_rows, split_heads
@@ -46,32 +46,28 @@ class OptConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "OptConfig":
         """Read a ``config.json``; FpqError names a key or value that is not supported."""
+        values = ConfigValues(config)
         required = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
-        check_counts(config, required, ("max_position_embeddings", "word_embed_proj_dim"))
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        values.require(*required)
+        sizes = {key: values.count(key) for key in required}
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         if hidden % heads:
             raise FpqError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
-        activation = config.get("activation_function", "relu")
-        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-            raise FpqError(
-                f"config.json: activation_function {activation!r} is not supported for OPT; "
-                f"{' and '.join(_ACTIVATIONS)} are."
-            )
-        if config.get("scale_embeddings"):
+        if values.flag("scale_embeddings", False):
             raise FpqError("config.json: scale_embeddings is not supported for OPT.")
-        if config.get("learned_embeddings") is False:
+        if not values.flag("learned_embeddings", True):
             raise FpqError("config.json: learned_embeddings false is not supported; OPT learns its positions.")
-        before = bool(config.get("do_layer_norm_before", True))
+        before = values.flag("do_layer_norm_before", True)
         return cls(
-            **{key: config[key] for key in required},
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            word_embed_proj_dim=config.get("word_embed_proj_dim") or hidden,
-            activation_function=activation,
+            **sizes,
+            max_position_embeddings=values.count("max_position_embeddings", 2048),
+            word_embed_proj_dim=values.count("word_embed_proj_dim", hidden),
+            activation_function=values.choice("activation_function", _ACTIVATIONS, "relu"),
             do_layer_norm_before=before,
-            has_final_layer_norm=before and not config.get("_remove_final_layer_norm", False),
-            enable_bias=bool(config.get("enable_bias", True)),
-            layer_norm_elementwise_affine=bool(config.get("layer_norm_elementwise_affine", True)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+            has_final_layer_norm=before and not values.flag("_remove_final_layer_norm", False),
+            enable_bias=values.flag("enable_bias", True),
+            layer_norm_elementwise_affine=values.flag("layer_norm_elementwise_affine", True),
+            tie_word_embeddings=values.flag("tie_word_embeddings", True),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -159,7 +155,7 @@ class Opt(Decoder):
         (r"final_layer_norm\.bias", "model.decoder.final_layer_norm.bias"),
         (r"lm_head\.kernel", "lm_head.weight"),
     )
-    IGNORED = (r"lm_head\.weight",)  # where it is tied
+    IGNORED = (r"(.+\.)?decoder\.version", r"lm_head\.weight")  # of fairseq's; a head that is tied
     EMBEDDING = ("embed_", "project_in.")
     DIVISIBLE = ("num_attention_heads", "ffn_dim")
     SPLIT: ClassVar = {"outputs": r"(q|k|v|qkv)_proj|fc1|lm_head|embed_tokens", "inputs": r"out_proj|fc2"}

@@ -1,9 +1,10 @@
 import json
+import re
 import shutil
 
 import pytest
 
-from fpq_jax import QuantSpec, evaluate, generate, load, quantize_array, save
+from fpq_jax import FpqError, QuantSpec, evaluate, generate, load, quantize_array, save
 from fpq_jax._pipeline.text import load_tokenizer
 from fpq_jax._support.console import run_command
 from fpq_jax.generate import Options, _stop_tokens, main
@@ -44,12 +45,27 @@ def test_wrong_arguments_are_one_sentence(monkeypatch, capsys, tiny_llama, argum
 
 def test_stop_tokens_come_from_the_generation_config_first(tiny_llama):
     tokenizer = load_tokenizer(tiny_llama)
-    assert _stop_tokens(tiny_llama, tokenizer) == {257}
+    assert _stop_tokens(tiny_llama, tokenizer, 300) == {257}
     (tiny_llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert _stop_tokens(tiny_llama, tokenizer) == {5, 6}
+    assert _stop_tokens(tiny_llama, tokenizer, 300) == {5, 6}
     (tiny_llama / "generation_config.json").unlink()
     (tiny_llama / "config.json").write_text("{}")
-    assert _stop_tokens(tiny_llama, tokenizer) == {257}
+    assert _stop_tokens(tiny_llama, tokenizer, 300) == {257}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "does not hold a JSON object"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'; it must be token ids below 300"),
+        ('{"eos_token_id": [5, 300]}', "it must be token ids below 300"),
+        ("\ufffe{bad", "is not valid JSON"),
+    ],
+)
+def test_a_generation_config_that_is_none_is_said(tiny_llama, content, said):
+    (tiny_llama / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(FpqError, match=rf"generation_config\.json.*{re.escape(said)}"):
+        main(Options(model=str(tiny_llama), prompt=("a",)))
 
 
 def test_several_prompts_are_continued_together_and_shown_one_after_the_other(monkeypatch, capsys, tiny_llama):

@@ -104,6 +104,54 @@ def test_messages_name_tensors_as_they_are_stored(tmp_path):
     )
 
 
+def test_what_a_tied_model_stores_of_its_head(tmp_path):
+    config = {**TINY_CONFIG, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    plain = HfCheckpoint(write_checkpoint(tmp_path / "plain", config, tensors))
+    embedding = tensors["model.embed_tokens.weight"]
+    both = HfCheckpoint(write_checkpoint(tmp_path / "both", config, tensors | {"lm_head.weight": embedding}))
+    alone = {name: value for name, value in tensors.items() if name != "model.embed_tokens.weight"}
+    head = HfCheckpoint(write_checkpoint(tmp_path / "head", config, alone | {"lm_head.weight": embedding}))
+    assert plain.digest() == both.digest() == head.digest()
+    for other in (embedding * 2, embedding[:-1], embedding.astype(np.float16)):
+        folder = write_checkpoint(
+            tmp_path / str(len(list(tmp_path.iterdir()))), config, tensors | {"lm_head.weight": other}
+        )
+        with pytest.raises(FpqError, match=r"has a lm_head\.weight that is not the embedding; set tie_word_embeddings"):
+            HfCheckpoint(folder).read(np.float32, "embed_tokens")
+
+
+def test_buffers_that_some_checkpoints_carry_are_ignored(tmp_path):
+    tensors = random_tensors(TINY_CONFIG)
+    names = ("model.layers.1.self_attn.rotary_emb.cos_cached", "model.rotary_emb.inv_freq", "rotary_emb.sin_cached")
+    more = {name: np.ones(3, np.float32) for name in names}
+    HfCheckpoint(write_checkpoint(tmp_path / "llama", TINY_CONFIG, tensors | more))
+    version = {"model.decoder.version": np.ones(1, np.float32)}
+    HfCheckpoint(write_checkpoint(tmp_path / "opt", OPT_CONFIG, random_tensors(OPT_CONFIG) | version))
+
+
+def test_more_layers_than_any_model_has_are_refused_at_once(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", {**TINY_CONFIG, "num_hidden_layers": 2**30}, random_tensors(TINY_CONFIG))
+    with pytest.raises(FpqError, match=r"num_hidden_layers is 1073741824, but .* has only 21 tensors"):
+        HfCheckpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b"\xff\xfe{}", "is not valid JSON"),
+        (b"[]", "does not hold a JSON object"),
+    ],
+)
+def test_json_that_is_none_is_said(tmp_path, content, said):
+    folder = write_checkpoint(tmp_path / "m", TINY_CONFIG, random_tensors(TINY_CONFIG))
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(FpqError, match=rf"config\.json {said}"):
+        HfCheckpoint(folder)
+
+
 def test_a_file_without_tensors_lacks_them_all(tmp_path):
     with pytest.raises(FpqError, match=r"missing: lm_head\.weight, model\.embed_tokens\.weight"):
         HfCheckpoint(write_checkpoint(tmp_path / "m", TINY_CONFIG, {}))

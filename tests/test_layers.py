@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fpq_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, rotate
+from fpq_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
+from fpq_jax.models.rotary import rotate
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
@@ -14,6 +15,15 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
     assert np.linalg.norm(at(q, 5)) == pytest.approx(float(jnp.linalg.norm(q)), rel=1e-5)
     assert at(q, 9) @ at(k, 4) == pytest.approx(at(q, 25) @ at(k, 20), rel=1e-4)
     np.testing.assert_allclose(at(q, 0), np.asarray(q).ravel())
+
+
+@pytest.mark.parametrize(
+    "norm", [RMSNorm(4, epsilon=1e-5, dtype=jnp.float32), LayerNorm(4, affine=False, dtype=jnp.float32)]
+)
+def test_what_overflows_in_a_norm_is_no_number(norm):
+    x = jnp.array([[1.0, -2.0, 3.0, 4.0], [1e20, -3e25, 2.0, 1.0], [1e18, -1e18, 1.0, 2.0]])
+    y = np.asarray(norm(x))
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all() and np.abs(y[2]).max() > 1
 
 
 def test_norm_linear_and_embedding():

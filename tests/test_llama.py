@@ -21,6 +21,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 VARIANTS = {
     "grouped": {},
     "multi_head_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -29,6 +30,10 @@ VARIANTS = {
     "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0},
     "llama3_rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "head_dim": 32},
     "rope_parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 100.0}},
+    "dynamic_rope": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "yarn_rope": {"rope_scaling": YARN, "rope_theta": 300.0},
+    "yarn_rope_mscale": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}},
+    "yarn_rope_attention_factor": {"rope_scaling": {**YARN, "attention_factor": 1.3, "beta_fast": 8.0}},
     "odd_sizes": {"vocab_size": 259, "intermediate_size": 37, "num_hidden_layers": 3},
 }
 
@@ -54,9 +59,20 @@ def test_config_round_trips_through_json():
     ("change", "said"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "'linear' lacks factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": None}}, "lacks rope_scaling.high_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, "low_freq_factor 1 is not below high_freq_factor 0.5"),
+        ({"rope_scaling": YARN, "rope_parameters": LLAMA3}, "rope_parameters and rope_scaling say different things"),
+        ({"rope_parameters": {"full_attention": LLAMA3}}, "of single layers .full_attention. are not supported"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be a JSON object"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number above 0, at most 1"),
+        ({"rms_norm_eps": "1e-6x"}, "rms_norm_eps is '1e-6x'"),
+        ({"head_dim": 7}, "head_dim is 7; rotary positions need an even one"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+        ({"vocab_size": 2**40}, "vocab_size is 1.1e.12; it must be at most 2147483647"),
+        ({"vocab_size": True}, "vocab_size is True; it must be a positive whole number"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import zipfile
 from collections import OrderedDict
 
 import jax.numpy as jnp
@@ -197,16 +198,65 @@ def test_an_index_is_checked(tmp_path, single):
         index.write_text(json.dumps({"weight_map": {"a": outside}}))
         with pytest.raises(FpqError, match=rf"{index.name} names {outside}, not a file of its own folder"):
             open_files(folder)
-    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["b"]}}'):
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["b"]}}'):
         index.write_text(text)
         with pytest.raises(FpqError, match=rf"{index.name} is not a (safetensors|torch) index"):
             open_files(folder)
-    index.write_bytes(b"\xff\xfe")
-    with pytest.raises(FpqError, match=rf"{index.name} is not a (safetensors|torch) index"):
-        open_files(folder)
+    for content, said in (
+        (b"{", "is not valid JSON"),
+        (b"[]", "does not hold a JSON object"),
+        (b"\xff\xfe", "is not valid JSON"),
+    ):
+        index.write_bytes(content)
+        with pytest.raises(FpqError, match=f"{index.name} {said}"):
+            open_files(folder)
     index.write_text('{"weight_map": {"a": ".."}}')
     with pytest.raises(FpqError, match=r"lacks \.\."):
         open_files(folder)
+
+
+def test_a_single_file_counts_before_an_index_of_others(tmp_path):
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "old.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for file in ("old.safetensors", "gone.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": file}}))
+        (found,) = open_files(tmp_path).values()
+        assert (found.read("a") == 1).all()
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for i in (1, 2):
+        save_file({"a": np.ones(i, np.float32), f"b{i}": np.ones(1, np.float32)}, tmp_path / f"{i}.safetensors")
+    weight_map = {"a": "1.safetensors", "b1": "1.safetensors", "b2": "2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FpqError, match=r"Two shards, .*1\.safetensors and 2\.safetensors, hold the tensor a,"):
+        open_files(tmp_path)
+
+
+def test_a_file_that_changes_is_not_read_on(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.ones(3, np.float32)}, path)
+    file = open_files(tmp_path)["a"]
+    assert (file.read("a") == 1).all()
+    save_file({"a": np.zeros(3, np.float32)}, path)
+    os.utime(path, (1, 1))
+    with pytest.raises(FpqError, match=r"model\.safetensors has changed since it was opened"):
+        file.read("a")
+    path.unlink()
+    with pytest.raises(FpqError, match=r"cannot be read"):
+        file.read("a")
+
+
+@pytest.mark.full
+def test_a_compressed_archive_is_no_torch_file(tmp_path, torch):
+    path = tmp_path / BIN
+    torch.save({"a": torch.ones(300)}, tmp_path / "plain")
+    with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as other:
+        for record in plain.infolist():
+            other.writestr(record.filename, plain.read(record))
+    with pytest.raises(FpqError, match="is a compressed archive, of which torch would read noise"):
+        open_files(tmp_path)
 
 
 def test_a_folder_without_tensors_is_said(tmp_path):

@@ -25,10 +25,11 @@ from fpq_jax._storage.safetensors_writer import DTYPES
 from fpq_jax._storage.scheme import Expected, ReadableScheme
 from fpq_jax._storage.tensor_files import SafetensorsFile, TensorFile, listed, open_files
 from fpq_jax._support.trees import Flat
-from fpq_jax.models.parameters import TABLE, is_kernel, parameter_shapes, part_of, tensor_name
+from fpq_jax.models.parameters import HEAD_KERNEL, TABLE, is_kernel, parameter_shapes, part_of, tensor_name
 from fpq_jax.models.registry import model_class_of
 
 _BLOCK = 2**22  # values looked at together
+_LAYERS = 1000  # no model has more
 _READERS = 2  # threads, each with a tensor in memory
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -58,6 +59,10 @@ class HfCheckpoint:
         files = open_files(folder)
         self.scheme = _scheme(self.config, set(files.values()))
         self._where = _by_name(files)
+        layers = self.model_config.num_hidden_layers
+        if layers > max(_LAYERS, len(files)):  # before so many are looked for
+            raise FpqError(f"config.json: num_hidden_layers is {layers}, but {folder} has only {len(files)} tensors.")
+        self._tied_head = self._take_tied_head()
         self._rank = self._open_adapter()
         self.shapes = parameter_shapes(self.model_class, self.model_config)
         self._parameters = {path: self._parameter(path, shape) for path, shape in self.shapes.items()}
@@ -99,6 +104,16 @@ class HfCheckpoint:
         file = SafetensorsFile(folder / "adapter_model.safetensors")
         self._where |= {name: (file, name) for name in file.names()}
         return read_rank(folder)
+
+    def _take_tied_head(self) -> str | None:
+        """The name of a tied model's head, if it is stored beside the embedding; alone, it is the embedding."""
+        head, embedding = (tensor_name(self.model_class, path) for path in (HEAD_KERNEL, TABLE))
+        if not self.model_config.tie_word_embeddings or self.scheme is not None or head not in self._where:
+            return None
+        if embedding in self._where:
+            return head
+        self._where[embedding] = self._where.pop(head)
+        return None
 
     def _check(self) -> None:
         ignored = re.compile("|".join(self.model_class.IGNORED) or "(?!)")
@@ -213,7 +228,19 @@ class HfCheckpoint:
             wrong = f"{value.tolist()} instead of {list(expected.values)}"
         if wrong:
             raise FpqError(f"Tensor {stored} in {file.path} holds {wrong}; the checkpoint is damaged.")
+        if self._tied_head is not None and name == tensor_name(self.model_class, TABLE):
+            self._check_tied_head(value)
         return value
+
+    def _check_tied_head(self, embedding: np.ndarray) -> None:
+        file, stored = self._where[self._tied_head]
+        head = file.read(stored)
+        as_bytes = lambda values: np.ascontiguousarray(values).view(np.uint8)
+        if head.dtype != embedding.dtype or not np.array_equal(as_bytes(head), as_bytes(embedding)):
+            raise FpqError(
+                f"config.json says tie_word_embeddings, but {file.path} has a {stored} that is not the embedding; set "
+                "tie_word_embeddings to false to use it, or remove it."
+            )
 
     def _leaf(self, path: str, dtype: DTypeLike | None) -> Any:
         parameter = self._parameters[path]

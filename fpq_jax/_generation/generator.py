@@ -23,6 +23,7 @@ from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._support.compiling import compiled
 
 KvCache = Literal["model", "float8"]
+_NOT_FINITE = -1  # instead of a token
 _MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serve again
 
 
@@ -141,7 +142,8 @@ class Generator:
             The new tokens of each row, with times.
 
         Raises:
-            FpqError: ``max_new_tokens`` is less than 1, or a prompt is empty or as long as the model's positions.
+            FpqError: ``max_new_tokens`` is less than 1; a prompt is empty, as long as the model's positions, or has
+                tokens that the model has not; the model's logits are not finite.
         """
         if max_new_tokens < 1:
             raise FpqError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
@@ -149,6 +151,12 @@ class Generator:
         lengths = [len(prompt) for prompt in prompts]
         if not lengths or 0 in lengths:
             raise FpqError("A prompt has no tokens; give some text.")
+        vocab_size = self._model.config.vocab_size
+        if strange := [token for prompt in prompts for token in prompt if not 0 <= token < vocab_size]:
+            raise FpqError(
+                f"A prompt has token {strange[0]}, but the model's last is {vocab_size - 1}; tokenizer and model do "
+                "not belong together."
+            )
         if max(lengths) >= limit:
             raise FpqError(f"The prompt has {max(lengths)} tokens; the model takes at most {limit - 1}.")
         # the last token is returned and not fed again
@@ -174,6 +182,8 @@ class Generator:
         def take(new: np.ndarray) -> None:
             for row in sorted(running):
                 token = int(new[row])
+                if token == _NOT_FINITE:
+                    raise FpqError("The model's logits are not finite numbers; its activations overflow.")
                 if token not in stop:
                     rows[row].append(token)
                     on_token(row, token)
@@ -237,15 +247,18 @@ def step(
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, keys: Shaped[Array, " B"], position: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """A token for each row; random numbers depend on its key and the position."""
+    """A token for each row, ``_NOT_FINITE`` where the logits are not; random numbers depend on its key and the
+    position."""
     logits = logits.astype(jnp.float32)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_p < 1:
-        logits = jnp.where(_likeliest(logits, sampling.top_p), logits, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in)(keys, position)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    token = likeliest = jnp.argmax(logits, axis=-1)  # of NaN, if there is any
+    finite = jnp.isfinite(jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0])
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+        if sampling.top_p < 1:
+            logits = jnp.where(_likeliest(logits, sampling.top_p), logits, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in)(keys, position)
+        token = jax.vmap(jax.random.categorical)(keys, logits)
+    return jnp.where(finite, token, _NOT_FINITE).astype(jnp.int32)
 
 
 def _likeliest(logits: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:

@@ -1,11 +1,11 @@
 """config.json of a Hugging Face model folder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fpq_jax._errors import FpqError
+from fpq_jax._support.files import read_json_object
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -15,13 +15,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FpqError(f"There is no model folder {folder}.")
     if not path.is_file():
         raise FpqError(f"{folder} has no config.json; name the folder of a Hugging Face checkpoint.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FpqError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise FpqError(f"{path} does not hold a JSON object.")
-    return config
+    return read_json_object(path)
 
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is what older checkpoints have

@@ -1,12 +1,13 @@
 """The files that a model folder's tensors are in: safetensors, or those that torch.save writes (pytorch_model.bin).
 
-A tensor's values are read when asked for. torch's files are memory-mapped for as long as one is read: pages that were
-touched count as the process's memory until then.
+A tensor's values are read when asked for, from a file that is still the one that was opened. torch's files are
+memory-mapped for as long as one is read: pages that were touched count as the process's memory until then.
 """
 
 import abc
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from fpq_jax._errors import FpqError
 from fpq_jax._storage.native_safetensors import STEM
 from fpq_jax._storage.safetensors_writer import DTYPES
+from fpq_jax._support.files import read_json_object
 
 _TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SHOWN = 20  # names listed in a message
@@ -27,8 +29,19 @@ class TensorFile(abc.ABC):
 
     FORMAT: ClassVar[str]
     metadata: dict[str, str]
-    path: Path
     _facts: dict[str, tuple[tuple[int, ...], str]]
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._version = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        """What is another when the file is."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise FpqError(f"{self.path} cannot be read: {error.strerror}.") from error
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def names(self) -> list[str]:
         return list(self._facts)
@@ -40,9 +53,15 @@ class TensorFile(abc.ABC):
         """As safetensors calls it, "F32", "F16", "BF16", ...; of what safetensors has not, as torch does."""
         return self._facts[name][1]
 
-    @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """A tensor's values."""
+        """A tensor's values. FpqError if the file has changed."""
+        values = self._read(name)
+        if self._now() != self._version:
+            raise FpqError(f"{self.path} has changed since it was opened; start again when it is complete.")
+        return values
+
+    @abc.abstractmethod
+    def _read(self, name: str) -> np.ndarray: ...
 
 
 class SafetensorsFile(TensorFile):
@@ -51,7 +70,7 @@ class SafetensorsFile(TensorFile):
     FORMAT = "safetensors"
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}
@@ -65,7 +84,7 @@ class SafetensorsFile(TensorFile):
             raise FpqError(f"{path} is truncated or no safetensors file ({error}); download it again.") from error
         self._places = {name: [8 + length + at for at in header[name]["data_offsets"]] for name in self._facts}
 
-    def read(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> np.ndarray:
         begin, end = self._places[name]
         try:
             values = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
@@ -85,7 +104,7 @@ class TorchFile(TensorFile):
     FORMAT = "torch"
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         self.metadata = {}
         self._facts = {name: (tuple(x.shape), _torch_dtype(x)) for name, x in self._open().items()}
 
@@ -104,7 +123,11 @@ class TorchFile(TensorFile):
         try:
             with path.open("rb") as file:
                 legacy = file.read(1) == pickle.PROTO  # a bare pickle, where newer files are zip archives
+            if not legacy and any(record.compress_type for record in zipfile.ZipFile(path).infolist()):
+                raise FpqError(f"{path} is a compressed archive, of which torch would read noise; save it again.")
             tensors = {} if legacy else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except FpqError:
+            raise
         except pickle.UnpicklingError as error:
             raise FpqError(
                 f"{path} is refused: it holds objects that are no tensors and could run code as they are read; "
@@ -127,7 +150,7 @@ class TorchFile(TensorFile):
             raise FpqError(f"{path} holds what are no plain tensors: {listed(others)}; save a state_dict alone.")
         return tensors
 
-    def read(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> np.ndarray:
         import torch
 
         tensor = self._open()[name].detach()
@@ -149,18 +172,32 @@ _KINDS: tuple[tuple[str, type[SafetensorsFile] | type[TorchFile]], ...] = (
 
 
 def open_files(folder: Path) -> dict[str, TensorFile]:
-    """Name of each tensor in the folder -> its file; safetensors where the folder has both kinds. Raises FpqError."""
+    """Name of each tensor in the folder -> its file. As Transformers has it, safetensors come before torch's files, and
+    a single file before an index of several. Raises FpqError."""
     for single, kind in _KINDS:
         index = folder / f"{single}.index.json"
-        if index.is_file():
-            files: list[TensorFile] = [kind(path) for path in _shards(index, kind.FORMAT)]
-        elif (folder / single).is_file():
-            files = [kind(folder / single)]
+        if (folder / single).is_file():
+            files: list[TensorFile] = [kind(folder / single)]
+        elif index.is_file():
+            files = [kind(path) for path in _shards(index, kind.FORMAT)]
         else:
             continue
-        return {name: file for file in files for name in file.names()}
+        return _by_tensor(files)
     known = " or ".join(single for single, _ in _KINDS if not single.startswith(STEM))
     raise FpqError(f"{folder} lacks {known}; download the checkpoint again.")
+
+
+def _by_tensor(files: list[TensorFile]) -> dict[str, TensorFile]:
+    found: dict[str, TensorFile] = {}
+    for file in files:
+        for name in file.names():
+            if name in found:
+                raise FpqError(
+                    f"Two shards, {found[name].path} and {file.path.name}, hold the tensor {name}, and which of them "
+                    "counts cannot be known; download the checkpoint again."
+                )
+            found[name] = file
+    return found
 
 
 def listed(names: list[str]) -> str:
@@ -171,12 +208,11 @@ def listed(names: list[str]) -> str:
 
 def _shards(index: Path, kind: str) -> list[Path]:
     """The files that an index names, each there and beside the index."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        strange = [name for name in names if Path(name).name != name]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise FpqError(f"{index} is not a {kind} index; download it again.") from error
-    if strange:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FpqError(f"{index} is not a {kind} index; download it again.")
+    names = sorted(set(weight_map.values()))
+    if strange := [name for name in names if Path(name).name != name]:
         raise FpqError(f"{index} names {listed(strange)}, not a file of its own folder; download the checkpoint again.")
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise FpqError(f"{index.parent} lacks {listed(absent)}; download the checkpoint again.")
