@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from fpq_jax import FpqError, Recipe
@@ -83,15 +85,55 @@ def test_rules_change_skip_and_win_in_order(tmp_path):
         ("rules: 3", "rules must be a list"),
         ("rules: [{weight: {}}]", "needs match"),
         ("rules: [{match: a, quantize: false, lorc: null}]", "no meaning"),
+        ("rules: [{match: a, quantize: 'false'}]", "quantize is 'false'; it must be true or false"),
+        ("name: 3", "name is 3"),
+        ("bits: .nan", "bits is nan"),
         ("a: [", "not valid YAML"),
+        ("name: &a [*a]", "not valid YAML: it has aliases"),
+        ("weight: {format: &a [x, x], constraint: *a}", "not valid YAML: it has aliases"),
+        ("[" * 20_000, "(nested too deeply|not valid YAML)"),
+        ("damping: 9999-99-99", "not valid YAML"),
+        ("3: x", "must be a mapping of names"),
+        ("#" * 2**21, "is too long for a recipe"),
         ("- 1", "must be a mapping"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, text, said):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(FpqError, match=f"Recipe bad.*{said}"):
+    with pytest.raises(FpqError, match=f"(Recipe |/)bad.*{said}"):
         Recipe.load(path)
+
+
+WRONG = [None, True, 0, -1, 2**70, 1.5, float("nan"), "", "x", b"x", [], ["a"], {}, {"a": 1}, {1: 2}]
+KEYS = {
+    "": ("name", "activation", "activation_scale", "method", "damping", "order", "scale_search", "sweeps", "fisher",
+         "error_propagation", "lorc", "sequential", "bits", "embedding", "head", "rules", "weight", "other", 3),
+    "weight": ("format", "group_size", "constraint", "exponent_rounding", "compute_rows", "other"),
+    "lorc": ("rank", "dtype", "weighted", "rounds", "other"),
+    "rules": ("match", "quantize", "axes", "weight", "method", "other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", KEYS)
+def test_any_value_of_any_key_is_taken_or_refused_in_a_sentence(where):
+    """What is taken is kept whole: plain data makes the same recipe again."""
+    for key, value in itertools.product(KEYS[where], WRONG):
+        options = {key: value}
+        options = {"rules": [{"match": "*"} | options]} if where == "rules" else {where: options} if where else options
+        try:
+            recipe = Recipe.from_dict(options)
+        except FpqError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            continue
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_an_embedding_and_a_head_are_kept_with_the_recipe():
+    recipe = Recipe.from_dict({"embedding": "e4m3", "head": "e4m3"})
+    assert (
+        recipe.to_dict()["embedding"] == "e4m3" and Recipe.from_dict(recipe.to_dict()).head == recipe.head is not None
+    )
 
 
 def test_unknown_recipes_and_rules_without_a_linear_name_the_near_misses():

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from fpq_jax._algorithms.lorc import FactorDtype
 from fpq_jax._algorithms.metric import Order
 from fpq_jax._errors import FpqError
-from fpq_jax._numerics.spec import QuantSpec
+from fpq_jax._numerics.spec import LARGEST, QuantSpec
 
+_ROUNDS = 1000  # more of them never end
 _ACTIVATION = ("activation", "activation_scale")  # a QuantSpec's fields that stand beside "weight" in YAML
 # a LinearRecipe's, as they are
 _PLAIN = ("method", "damping", "order", "scale_search", "sweeps", "fisher", "error_propagation")
@@ -34,7 +35,7 @@ class Lorc:
     rounds: int = 0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
+        number = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 0 < self.rank <= LARGEST
         if self.rank != "auto" and not number:
             raise FpqError(f"lorc: rank is {self.rank!r}; it must be a positive number or auto.")
         if self.dtype not in get_args(FactorDtype):
@@ -113,7 +114,8 @@ class LinearRecipe:
 def linear_recipe(base: LinearRecipe, options: dict[str, Any]) -> LinearRecipe:
     """``base`` with the YAML's keys applied."""
     _check_keys(options, ("weight", *_ACTIVATION, *_PLAIN, "lorc"), "")
-    weight = mapping(options.pop("weight", None) or {}, "weight")
+    weight = options.pop("weight", None)
+    weight = mapping({} if weight is None else weight, "weight")
     _check_keys(weight, tuple(f.name for f in dataclasses.fields(QuantSpec) if f.name not in _ACTIVATION), "weight: ")
     weight |= {key: options.pop(key) for key in _ACTIVATION if key in options}
     if "lorc" in options and options["lorc"] is not None:
@@ -135,8 +137,8 @@ def plain(recipe: LinearRecipe) -> dict[str, Any]:
 
 
 def _check_count(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise FpqError(f"{what} is {value!r}; it must be a number, 0 or more.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _ROUNDS:
+        raise FpqError(f"{what} is {value!r}; it must be a whole number from 0 to {_ROUNDS}.")
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:

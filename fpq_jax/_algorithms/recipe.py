@@ -1,7 +1,6 @@
 """Recipes: what to do to which Linear. Frozen, checked when made, read from the YAML files in configs/."""
 
 import fnmatch
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -16,6 +15,8 @@ from fpq_jax._numerics.formats import E4M3, Format, get_format
 from fpq_jax._numerics.qtensor import Kind
 
 DEFAULT_RECIPE = "w4a8-mixed"
+_WIDEST = 32  # bits of a weight that nobody quantized
+_CHARACTERS = 2**20  # of a recipe's file
 _OF_ALL = ("sequential", "bits", "embedding", "head")  # keys of the whole recipe
 
 
@@ -99,6 +100,8 @@ class Recipe:
     head: Format | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise FpqError(f"name is {self.name!r}; it must be a word.")
         if not isinstance(self.sequential, bool):
             raise FpqError(f"sequential is {self.sequential!r}; it must be true or false.")
         if not self.sequential and self.propagates:
@@ -113,7 +116,7 @@ class Recipe:
 
     def _check_bits(self) -> None:
         spec, lorc = self.default.spec, self.default.lorc
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not math.isfinite(self.bits):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not 0 < self.bits <= _WIDEST:
             raise FpqError(f"bits is {self.bits!r}; it must be a number such as 4.5.")
         if not spec.format.packed:
             raise FpqError(f"bits chooses between a 4-bit format and FP8; {spec.format} is 8 bits wide already.")
@@ -158,7 +161,7 @@ class Recipe:
         if path.suffix in (".yaml", ".yml") or path.is_file():
             if not path.is_file():
                 raise FpqError(f"There is no recipe file {path}.")
-            text, name = path.read_text(encoding="utf-8"), path.stem
+            text, name = _text_of(path), path.stem
         elif str(name) in recipe_names():
             text = (resources.files("fpq_jax.configs") / f"{name}.yaml").read_text(encoding="utf-8")
         else:
@@ -167,9 +170,11 @@ class Recipe:
                 f"the recipes are {', '.join(recipe_names())}, or name a YAML file."
             )
         try:
-            loaded = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise FpqError(f"Recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
+            loaded = yaml.load(text, _PlainLoader)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
+            raise FpqError(f"Recipe {name} is not valid YAML: {' '.join(str(error).split())[:300]}.") from error
+        except RecursionError as error:
+            raise FpqError(f"Recipe {name} is nested too deeply to be read.") from error
         try:
             return cls.from_dict({"name": str(name), **({} if loaded is None else mapping(loaded, "the file"))})
         except FpqError as error:
@@ -193,10 +198,11 @@ class Recipe:
             >>> recipe.default.spec.format, recipe.default.method
             (int4, 'round')
         """
-        options = dict(options)
-        name, rules = options.pop("name", "recipe"), options.pop("rules", None) or []
+        options = mapping(options, "a recipe")
+        name, rules = options.pop("name", "recipe"), options.pop("rules", None)
         of_all = {key: options.pop(key) for key in _OF_ALL if key in options}
         default = linear_recipe(LinearRecipe(), options)
+        rules = [] if rules is None else rules
         if not isinstance(rules, list):
             raise FpqError("rules must be a list.")
         return cls(
@@ -230,6 +236,8 @@ class Recipe:
             **plain(self.default),
             "sequential": self.sequential,
             "bits": self.bits,
+            "embedding": self.embedding and self.embedding.name,
+            "head": self.head and self.head.name,
             "rules": rules,
         }
 
@@ -365,14 +373,36 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a short text can make more than a memory holds, or what holds itself."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, as *name; write out what they stand for")
+        return super().compose_node(parent, index)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FpqError(f"Recipe {path} cannot be read as UTF-8 text: {error}.") from error
+    if len(text) > _CHARACTERS:
+        raise FpqError(f"{path} is too long for a recipe.")
+    return text
+
+
 def _rule(options: dict[str, Any], default: LinearRecipe) -> Rule:
     match, wanted = options.pop("match", None), options.pop("quantize", True)
     axes = options.pop("axes", None)
     if not isinstance(match, str):
         raise FpqError("a rule needs match, a pattern of Linear names such as '*.down_proj'.")
+    if not isinstance(wanted, bool):
+        raise FpqError(f"rule {match!r}: quantize is {wanted!r}; it must be true or false.")
     if axes is not None and not isinstance(axes, str):
         raise FpqError(f"rule {match!r}: axes must be words such as 'in out'.")
-    if wanted is False:
+    if not wanted:
         if options or axes:
             raise FpqError(f"rule {match!r} says quantize: false, so {', '.join(options) or 'axes'} has no meaning.")
         return Rule(match=match, change=None)

@@ -10,6 +10,7 @@ Constraint = Literal["m1", "m2"]
 ExponentRounding = Literal["up", "nearest", "search"]
 GroupSize = int | Literal["channel", "tensor"]
 ActivationScale = Literal["token", "static"]
+LARGEST = 2**31 - 1  # of sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class QuantSpec:
             raise FpqError("activation_scale static has no meaning for activations that are left alone.")
         size = self.group_size
         if size not in ("channel", "tensor") and not (
-            isinstance(size, int) and not isinstance(size, bool) and size > 0
+            isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST
         ):
             raise FpqError(f'group_size is {size!r}; it must be a positive number, "channel" or "tensor".')
         if self.constraint not in (None, "m1", "m2"):
@@ -70,7 +71,7 @@ class QuantSpec:
         if self.exponent_rounding not in ("up", "nearest", "search"):
             raise FpqError(f"exponent_rounding is {self.exponent_rounding!r}; it must be up, nearest or search.")
         rows = self.compute_rows
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        if not isinstance(rows, int) or isinstance(rows, bool) or not 0 < rows <= LARGEST:
             raise FpqError(f"compute_rows is {self.compute_rows!r}; it must be a positive number of output rows.")
         if self.constraint and not self.format.packed:
             raise FpqError(f"constraint {self.constraint} is for 4-bit formats; {self.format} is already 8 bits wide.")
