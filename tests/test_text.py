@@ -60,6 +60,40 @@ def test_calibration_draws_without_overlap_and_never_from_the_tail(tokenizer, te
     assert len(everything.windows) + len(everything.tail) == len(whole)
 
 
+def test_of_a_large_file_no_more_is_read_than_the_windows_need(tokenizer, tmp_path, monkeypatch):
+    """And of one that is not larger all of it, so that windows are drawn from everywhere."""
+    import fpq_jax._pipeline.text as module
+
+    monkeypatch.setattr(module, "_READ_CHARACTERS", 4000)
+    monkeypatch.setattr(module, "_TOKENIZED_TOGETHER", 300)
+    seen = []
+
+    def counted(documents):
+        for document in documents:
+            seen.append(len(document))
+            yield document
+
+    read = module.documents
+    monkeypatch.setattr(module, "documents", lambda *arguments: counted(read(*arguments)))
+    draw = lambda path: (
+        calibration_text(str(path), tokenizer, num_samples=3, length=8, seed=0, hold_back=False, vocab_size=300).windows
+    )
+    row = json.dumps({"text": "abcdefg hijklmnop " * 5}) + "\n"
+    windows = {}
+    for rows in (40, 5000):
+        path = tmp_path / f"{rows}.jsonl"
+        path.write_text(row * rows)
+        windows[rows] = draw(path)
+        assert sum(seen) == 90 * min(rows, 45)
+        seen.clear()
+    monkeypatch.setattr(module, "_TOKENIZED_TOGETHER", 10**9)
+    np.testing.assert_array_equal(draw(tmp_path / "40.jsonl"), windows[40])
+    (tmp_path / "one.txt").write_text("abcdefg hijklmnop " * 5000)
+    seen.clear()
+    draw(tmp_path / "one.txt")
+    assert seen == [4000]
+
+
 def test_the_demo_texts_tail_is_what_the_demo_model_never_saw(tokenizer):
     drawn = calibration_text("demo", tokenizer, num_samples=4, length=64, seed=0, hold_back=True, vocab_size=300)
     np.testing.assert_array_equal(drawn.tail, evaluation_windows("demo", tokenizer, length=64, vocab_size=300))

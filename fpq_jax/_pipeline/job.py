@@ -31,7 +31,7 @@ from fpq_jax._pipeline.text import (
     load_tokenizer,
     window_length,
 )
-from fpq_jax._support.console import progress_bar
+from fpq_jax._support.console import console, progress_bar
 from fpq_jax._support.files import code_digest, files_digest
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.mesh import from_first, is_first, make_mesh, mesh_text
@@ -155,6 +155,12 @@ def open_job(options: JobOptions, recipes: Sequence[Recipe]) -> Job:
         hold_back=not options.eval,
         vocab_size=config.vocab_size,
     )
+    if len(calibration.windows) < options.samples:
+        console.print(
+            f"{options.calibration_spec} has only {len(calibration.windows)} calibration windows of the "
+            f"{options.samples:,} asked for.",
+            markup=False,
+        )
     evaluation = {
         spec: evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size) for spec in options.eval
     }

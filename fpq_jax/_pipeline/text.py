@@ -1,55 +1,36 @@
-"""Text in, token windows out: named data sets by the paper's protocol, local files, and the demo text.
+"""Text in, token windows out (see ``documents`` for what a text is).
 
-A SPEC is ``wikitext2``, ``ptb``, ``c4``, ``demo``, or the path of a .txt/.raw/.tokens file (its whole text) or of a
-.jsonl/.jsonl.gz file (a document in each line's "text"). Evaluation follows GPTQ's protocol (paper: 4.1): the text is
-tokenized once, with the special tokens that the tokenizer adds by itself, and cut into whole windows.
+Evaluation follows GPTQ's protocol (paper: 4.1): the text is tokenized once, with the special tokens that the tokenizer
+adds by itself, and cut into whole windows.
 """
 
-import gzip
-import importlib.util
-import itertools
-import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from fpq_jax._checkpoints.demo import demo_model_path, demo_topics, is_demo
+from fpq_jax._checkpoints.demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
+from fpq_jax._pipeline.documents import C4, documents, source
 
-Split = Literal["calibration", "evaluation"]
 Windows = Int[np.ndarray, "N L"]
 
-_SPECS = "wikitext2, ptb, c4, demo, or the path of a .txt, .raw, .tokens, .jsonl or .jsonl.gz file"
-_DATA_SETS = ("wikitext2", "ptb", "c4")
-_TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 _DEFAULT_LENGTH = 2048
-_C4_EVALUATION = (1100, 256)  # documents, windows
+_C4_WINDOWS = 256  # to evaluate on
 _TAIL_SHARE, _TAIL_WINDOWS = 0.1, 64  # held back from the calibration text: this share, at most so many windows
-_CHARACTERS_PER_TOKEN = 8  # generous, for how much of C4 to read
+_CHARACTERS_PER_TOKEN = 8  # generous, for how much of a text to read
+# of a file, from which windows are drawn: so many times what they need, and not less than WikiText-2's training text
+_READ_TIMES, _READ_CHARACTERS = 8, 2**24
+_TOKENIZED_TOGETHER = 2**20  # characters, of which the tokenizer takes a hundred times as much memory for a while
 
 
 def check_spec(spec: str) -> None:
     """FpqError if ``spec`` names no known data set and no file that could be read as text."""
-    if spec == "demo":
-        return
-    if spec in _DATA_SETS:
-        if "datasets" not in sys.modules and importlib.util.find_spec("datasets") is None:
-            raise FpqError(
-                f"The text {spec} is fetched with the package datasets, which is not installed; "
-                "pip install 'fpq-jax[data]', or name a file."
-            )
-        return
-    if not spec.endswith(_TEXT_SUFFIXES + _JSONL_SUFFIXES):
-        raise FpqError(f"{spec!r} is no text that can be read; name {_SPECS}.")
-    if not Path(spec).is_file():
-        raise FpqError(f"There is no text file {spec}.")
+    source(spec)
 
 
 def window_length(seq_len: int | None, max_positions: int) -> int:
@@ -96,9 +77,10 @@ def calibration_text(
     With ``hold_back`` the end of the text is kept for evaluation and never drawn from; the demo text has an end of its
     own, what the demo model was not trained on.
     """
+    found = source(spec)
     wanted = int(num_samples * length * (1 + 2 * _TAIL_SHARE)) * _CHARACTERS_PER_TOKEN
-    documents = _documents(spec, "calibration", wanted)
-    windows = _cut(_tokenize(documents, tokenizer, vocab_size, spec), length, spec)
+    most = wanted if spec == C4 else max(_READ_TIMES * wanted, _READ_CHARACTERS)
+    windows = _cut(_tokenize(documents(found, "calibration", most), tokenizer, vocab_size, spec, most), length, spec)
     tail = None
     if hold_back and spec == "demo":
         tail = evaluation_windows(spec, tokenizer, length=length, vocab_size=vocab_size)
@@ -152,10 +134,11 @@ def text_windows(
 
 def evaluation_windows(spec: str, tokenizer: Any, *, length: int, vocab_size: int) -> Windows:
     """The evaluation text of ``spec`` in whole, non-overlapping windows [N, length]."""
-    documents = _documents(spec, "evaluation", None)
-    joined = " ".join(documents) if spec == "c4" or spec.endswith(_JSONL_SUFFIXES) else "\n\n".join(documents)
-    windows = _cut(_tokenize([joined], tokenizer, vocab_size, spec), length, spec)
-    return windows[: _C4_EVALUATION[1]] if spec == "c4" else windows
+    found = source(spec)
+    joined = " ".join(documents(found, "evaluation")) if found.has_rows or spec == C4 else None
+    texts = documents(found, "evaluation") if joined is None else [joined]
+    windows = _cut(_tokenize(texts, tokenizer, vocab_size, spec), length, spec)
+    return windows[:_C4_WINDOWS] if spec == C4 else windows
 
 
 def _cut(tokens: Int[np.ndarray, " n"], length: int, spec: str) -> Windows:
@@ -168,77 +151,34 @@ def _cut(tokens: Int[np.ndarray, " n"], length: int, spec: str) -> Windows:
     return tokens[: count * length].reshape(count, length)
 
 
-def _tokenize(documents: list[str], tokenizer: Any, vocab_size: int, spec: str) -> Int[np.ndarray, " n"]:
-    """All documents' tokens in a row, each with the special tokens that the tokenizer adds."""
-    encoded = tokenizer(documents, verbose=False, return_attention_mask=False)["input_ids"]
-    tokens = np.concatenate([np.asarray(ids, np.int32) for ids in encoded]) if encoded else np.zeros(0, np.int32)
+def _tokenize(
+    texts: Iterable[str], tokenizer: Any, vocab_size: int, spec: str, characters: int | None = None
+) -> Int[np.ndarray, " n"]:
+    """All texts' tokens in a row, each with the special tokens that the tokenizer adds; of texts that together have
+    more than so many ``characters`` the first ones."""
+    found: list[Int[np.ndarray, " n"]] = []
+    waiting: list[str] = []
+    total = together = 0
+
+    def tokenize() -> None:
+        if waiting:
+            encoded = tokenizer(waiting, verbose=False, return_attention_mask=False)["input_ids"]
+            found.extend(np.asarray(ids, np.int32) for ids in encoded)
+            waiting.clear()
+
+    for text in texts:
+        waiting.append(text)
+        total, together = total + len(text), together + len(text)
+        if together >= _TOKENIZED_TOGETHER:
+            tokenize()
+            together = 0
+        if characters is not None and total >= characters:
+            break
+    tokenize()
+    tokens = np.concatenate(found) if found else np.zeros(0, np.int32)
     if len(tokens) and tokens.max() >= vocab_size:
         raise FpqError(
             f"The tokenizer gives token {tokens.max()} for {spec}, but the model's last is {vocab_size - 1}; "
             "tokenizer and model do not belong together."
         )
     return tokens
-
-
-def _documents(spec: str, split: Split, characters: int | None) -> list[str]:
-    """The texts of a SPEC; for C4's training set only about as many ``characters`` as are needed."""
-    check_spec(spec)
-    if spec == "demo":
-        return ["\n\n".join(demo_topics(held_out=split == "evaluation"))]
-    if spec in _DATA_SETS:
-        return _data_set(spec, split, characters)
-    try:
-        if spec.endswith(_TEXT_SUFFIXES):
-            return [Path(spec).read_text(encoding="utf-8")]
-        with gzip.open(spec, "rt", encoding="utf-8") if spec.endswith(".gz") else open(spec, encoding="utf-8") as file:
-            return list(_json_lines(spec, file))
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise FpqError(f"{spec} cannot be read as UTF-8 text: {error}.") from error
-
-
-def _json_lines(spec: str, file: Any) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise FpqError(f'{spec}, line {number}, is no JSON object with a "text".') from error
-
-
-def _data_set(spec: str, split: Split, characters: int | None) -> list[str]:
-    """WikiText-2 raw, PTB or C4 through Hugging Face datasets."""
-    import datasets
-    import huggingface_hub
-
-    # its retries would be told one by one; the sentence below tells the outcome
-    huggingface_hub.logging.set_verbosity_error()
-    train = split == "calibration"
-    try:
-        if spec == "wikitext2":
-            name = "train" if train else "test"
-            return ["\n\n".join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=name)["text"])]
-        if spec == "ptb":
-            # the hub's own Parquet conversion; the data set itself is a script, which datasets no longer runs
-            rows = datasets.load_dataset(
-                "ptb-text-only/ptb_text_only",
-                revision="refs/convert/parquet",
-                split="train" if train else "test",
-            )
-            return [" ".join(rows["sentence"])]
-        file = "en/c4-train.00000-of-01024.json.gz" if train else "en/c4-validation.00000-of-00008.json.gz"
-        rows = datasets.load_dataset("allenai/c4", data_files=file, split="train", streaming=True)
-        if not train:
-            return [row["text"] for row in itertools.islice(rows, _C4_EVALUATION[0])]
-        documents, total = [], 0
-        for row in rows:
-            documents.append(row["text"])
-            total += len(row["text"])
-            if characters is not None and total >= characters:
-                break
-        return documents
-    except Exception as error:  # datasets raises many kinds; the hub's own message is long and about URLs
-        raise FpqError(
-            f"The data set {spec} cannot be fetched ({type(error).__name__}); "
-            f"name a local text instead: a .txt, .raw, .tokens, .jsonl or .jsonl.gz file."
-        ) from error
