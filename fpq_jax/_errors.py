@@ -20,3 +20,9 @@ def check_at_least(least: int, **flags: int | None) -> None:
     for name, value in flags.items():
         if value is not None and value < least:
             raise FpqError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+
+
+def check_seed(seed: int) -> None:
+    """FpqError for a seed that random numbers cannot be made of."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise FpqError(f"seed is {seed}; it must be from 0 to {2**31 - 1}.")

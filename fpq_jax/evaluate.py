@@ -18,7 +18,7 @@ from fpq_jax._pipeline.evaluation import perplexities_of, texts_of
 from fpq_jax._pipeline.report import VERSION, environment
 from fpq_jax._pipeline.text import check_spec
 from fpq_jax._support.console import console, join_processes, run_command, shortened, size_text
-from fpq_jax._support.files import write_json
+from fpq_jax._support.files import check_writable, write_json
 from fpq_jax._support.mesh import is_first, parse_mesh
 from fpq_jax.models.kv_cache import CacheShape
 
@@ -62,12 +62,13 @@ def main(options: Options) -> None:
         check_spec(spec)
     check_at_least(1, max_windows=options.max_windows, batch_tokens=options.batch_tokens)
     check_at_least(2, seq_len=options.seq_len)
+    check_writable(options.report)
     mesh = parse_mesh(options.mesh)
     check_layout(options.weights, mesh.size if mesh.size > 1 else None)
     checkpoint = open_model(resolve_model(options.model))
     check_any_for_fragments(abstract_leaves(checkpoint), options.weights)
     if options.weights == "fragments":
-        console.print(notice(), markup=False)
+        console.print(notice())
     config = checkpoint.model_config
     cache = None
     if options.kv_cache == "float8":
@@ -89,11 +90,11 @@ def main(options: Options) -> None:
     )
     console.print(f"{size_text(weight_bytes)} of weights as they are in memory, one layer at a time")
     which = "quantized" if checkpoint.quantized else "original"
-    console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}", markup=False)
+    console.print(f"{'perplexity':<40} {which:>10} {'tokens':>10}")
     rows = {}
     for spec, (value, tokens) in measured.items():
         rows[spec] = {which: value, "tokens": tokens}
-        console.print(f"{shortened(spec)} {value:>10.4f} {tokens:>10,}", markup=False)
+        console.print(f"{shortened(spec)} {value:>10.4f} {tokens:>10,}")
     if options.report is not None and is_first():
         report = {
             "version": VERSION,

@@ -61,9 +61,9 @@ def main(options: Options) -> None:
     with new_directory(options.output) as folder, progress_bar("parts", len(parts)) as advance:
         written = export.write(folder, advance)
     files = f"{written.files} file{'s' if written.files > 1 else ''}"
-    console.print(f"{options.output}: {size_text(written.nbytes)} in {files}.", markup=False)
+    console.print(f"{options.output}: {size_text(written.nbytes)} in {files}.")
     for line in _notes(export, options.output):
-        console.print(line, markup=False)
+        console.print(line)
     if texts:
         _print_cost(export, options.output, texts)
 
@@ -107,9 +107,9 @@ def _print_cost(export: Export, output: Path, texts: Mapping[str, Windows]) -> N
     mesh = make_mesh()
     before = perplexities_of(export.checkpoint, texts, mesh).values
     after = perplexities_of(open_model(output), texts, mesh).values
-    console.print(f"\n{'perplexity':<40} {'with LoRC':>10} {'merged':>10} {'tokens':>10}", markup=False)
+    console.print(f"\n{'perplexity':<40} {'with LoRC':>10} {'merged':>10} {'tokens':>10}")
     for spec, (value, tokens) in before.items():
-        console.print(f"{shortened(spec)} {value:>10.4f} {after[spec].value:>10.4f} {tokens:>10,}", markup=False)
+        console.print(f"{shortened(spec)} {value:>10.4f} {after[spec].value:>10.4f} {tokens:>10,}")
 
 
 if __name__ == "__main__":

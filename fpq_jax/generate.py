@@ -6,12 +6,12 @@ from typing import Any
 
 from fpq_jax._checkpoints.load_save import load
 from fpq_jax._checkpoints.sources import open_model, resolve_model
-from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._errors import FpqError, check_at_least, check_seed
 from fpq_jax._generation.generator import Generator, KvCache, Sampling
 from fpq_jax._matmul.fp4_kernel.matmul import notice
 from fpq_jax._matmul.weight_layouts import WeightLayout
 from fpq_jax._pipeline.text import load_tokenizer
-from fpq_jax._support.console import console, join_processes, run_command, size_text
+from fpq_jax._support.console import console, join_processes, run_command, size_text, write_text
 from fpq_jax._support.files import read_json_object
 from fpq_jax._support.mesh import parse_mesh
 from fpq_jax._support.trees import stored_bytes
@@ -52,6 +52,7 @@ def main(options: Options) -> None:
     if not options.prompt:
         raise FpqError("There is no --prompt; give some text.")
     check_at_least(1, max_new_tokens=options.max_new_tokens)
+    check_seed(options.seed)
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
     folder = resolve_model(options.model)
     mesh = parse_mesh(options.mesh)
@@ -60,7 +61,7 @@ def main(options: Options) -> None:
     stop = _stop_tokens(folder, tokenizer, vocab_size)
     model = load(folder, weights=options.weights, mesh=mesh if mesh.size > 1 else None)
     if options.weights == "fragments":
-        console.print(notice(), markup=False)
+        console.print(notice())
     shown = _Shown(tokenizer, [list(tokenizer(text)["input_ids"]) for text in options.prompt])
     result = Generator(model, kv_cache=options.kv_cache)(
         shown.prompts,
@@ -77,7 +78,6 @@ def main(options: Options) -> None:
     console.print(
         f"\n{prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {new_tokens} new tokens: {speed}; "
         f"{size_text(stored_bytes(params_of(model)))} of weights, {size_text(result.cache_bytes)} of key-value cache",
-        markup=False,
     )
 
 
@@ -102,16 +102,16 @@ class _Shown:
     def finish(self) -> None:
         if len(self.prompts) == 1:
             self._print_more(self._decoded(0))
-            console.print()
+            write_text("\n")
             return
         for row in range(len(self.prompts)):
-            console.print(self._decoded(row) + ("\n" if row + 1 < len(self.prompts) else ""), markup=False)
+            write_text(self._decoded(row) + ("\n\n" if row + 1 < len(self.prompts) else "\n"))
 
     def _decoded(self, row: int) -> str:
         return self.tokenizer.decode(self.prompts[row] + self.new[row], skip_special_tokens=True)
 
     def _print_more(self, text: str) -> None:
-        console.print(text[len(self.text) :], end="", markup=False)
+        write_text(text[len(self.text) :])
         self.text = text
 
 

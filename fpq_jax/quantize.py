@@ -1,5 +1,6 @@
 """Quantize a LLaMA or OPT checkpoint: python -m fpq_jax.quantize --model DIR --output DIR."""
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fpq_jax._pipeline.job import Job, JobOptions, open_job
 from fpq_jax._pipeline.run import RunResult, check_estimate, copy_report, publish, run_progress, run_recipe
 from fpq_jax._storage.compressed_tensors import can_hold
 from fpq_jax._support.console import console, join_processes, run_command, shortened, size_text
+from fpq_jax._support.files import check_writable
 from fpq_jax._support.mesh import parse_mesh
 from fpq_jax._support.new_directory import check_output
 
@@ -80,8 +82,7 @@ def main(options: Options) -> None:
     published = output is not None and is_published(output)
     if output is not None and not published:
         check_output(output)
-    if options.report is not None and (options.report.is_dir() or not options.report.absolute().parent.is_dir()):
-        raise FpqError(f"The report {options.report} cannot be written; name a file in a folder that exists.")
+    check_writable(options.report)
     job = open_job(
         JobOptions(
             model=options.model,
@@ -100,7 +101,7 @@ def main(options: Options) -> None:
     if output is not None and published:
         if not remove_progress(output, job.facts(recipe)):
             check_output(output)
-        console.print(f"{output} was finished already.", markup=False)
+        console.print(f"{output} was finished already.")
         if options.report is not None:
             copy_report(None, output, options.report)
         return
@@ -120,7 +121,7 @@ def main(options: Options) -> None:
 
 def _run(options: Options, job: Job, recipe: Recipe, output: Path | None, began: float) -> None:
     with run_progress(job, recipe, output) as progress:
-        console.print(str(check_estimate(job, recipe, progress)), markup=False)
+        console.print(str(check_estimate(job, recipe, progress)))
         result = run_recipe(job, recipe, progress, began=began)
         publish(job, result.report, progress, output, options.report)
     _print_summary(output, result)
@@ -142,11 +143,11 @@ def _kept(output: Path | None) -> str:
 def _print_summary(output: Path | None, result: RunResult) -> None:
     report, params = result.report, result.params
     title = f"{'original':>10} {'quantized':>10} {'tokens':>10} {'KL':>8} {'same token':>10}"
-    console.print(f"\n{'perplexity':<40} {title}", markup=False)
+    console.print(f"\n{'perplexity':<40} {title}")
     for spec, row in report["perplexity"].items():
         numbers = f"{row['original']:>10.4f} {row['quantized']:>10.4f} {row['tokens']:>10,}"
         distance = f"{row['kl_divergence']:>8.4f} {row['same_token']:>10.1%}"
-        console.print(f"{shortened(spec)} {numbers} {distance}", markup=False)
+        console.print(f"{shortened(spec)} {numbers} {distance}")
     worst = max(row["quantized"] / row["original"] for row in report["perplexity"].values())
     if worst > 1 + _MUCH_LOST:
         console.print(
@@ -166,13 +167,13 @@ def _print_summary(output: Path | None, result: RunResult) -> None:
     if output is None:
         console.print("No --output was named, so the quantized model was measured and not kept.")
         return
-    console.print(f"The quantized model is in {output}. Next:", markup=False)
-    console.print(f"  python -m fpq_jax.evaluate --model {output}", markup=False)
-    console.print(f'  python -m fpq_jax.generate --model {output} --prompt "The"', markup=False)
+    console.print(f"The quantized model is in {output}. Next:")
+    quoted = shlex.quote(str(output))
+    console.print(f"  python -m fpq_jax.evaluate --model {quoted}")
+    console.print(f'  python -m fpq_jax.generate --model {quoted} --prompt "The"')
     if can_hold("fp8", [leaf for leaf in params.values() if isinstance(leaf, QTensor)]):
         console.print(
             f"  python -m fpq_jax.export --model {output} --format fp8 --output {output}-fp8   # for other engines",
-            markup=False,
         )
 
 

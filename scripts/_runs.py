@@ -72,7 +72,7 @@ class Runs:
         report = {"of": facts} | run()
         write_json(path, report)
         values = ", ".join(f"{row.get('quantized', row['original']):.3f}" for row in report["perplexity"].values())
-        console.print(f"{self.job.model_name}, {name}: {values}", markup=False)
+        console.print(f"{self.job.model_name}, {name}: {values}")
         return report
 
 

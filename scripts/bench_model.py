@@ -135,7 +135,7 @@ def main(options: Options) -> None:
                 figures = task()
                 for figure, value in figures.items():
                     measured[name].setdefault(figure, []).append(value)
-                console.print(f"{turn + 1}/{options.repeats} {name}: {figures}", markup=False)
+                console.print(f"{turn + 1}/{options.repeats} {name}: {figures}")
     result = {
         "model": model_title(options.model),
         "recipe": options.recipe,
@@ -151,7 +151,7 @@ def main(options: Options) -> None:
     write_json(options.output / "bench_model.json", result)
     text = "\n".join(markdown(result))
     (options.output / "bench_model.md").write_text(text + "\n", encoding="utf-8")
-    console.print(text, markup=False)
+    console.print(text)
 
 
 def quantize(bench: Bench) -> Figures:

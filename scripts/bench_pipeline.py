@@ -103,7 +103,7 @@ def main(options: Options) -> None:
         "h100": {name: {n: h100(s, n) for n in (1, 8)} for name, s in PAPER.items()},
     }
     text = markdown(result)
-    console.print(text, markup=False)
+    console.print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "pipeline.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -102,7 +102,7 @@ def main(options: Options) -> None:
     write_json(options.output / "frontier.json", result)
     (options.output / "frontier.md").write_text("\n".join(markdown(result, points)) + "\n", encoding="utf-8")
     plot(options.output / "frontier.png", original, points)
-    console.print(f"The table is in {options.output / 'frontier.md'}.", markup=False)
+    console.print(f"The table is in {options.output / 'frontier.md'}.")
 
 
 def read_grid(path: Path) -> Grid:

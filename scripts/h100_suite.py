@@ -48,7 +48,7 @@ PARTS = {
     "linears": Part(linears.run, linears.table, 60, linears.predictions),
     "pipeline": Part(gptq.run_pipeline, gptq.pipeline_table, 70),
 }
-console = Console(highlight=False, soft_wrap=True)
+console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -104,9 +104,9 @@ def _run_part(name: str, sizes: Sizes, clock: Clock, ceilings: dict[str, float])
 
 def _print(name: str, rows: list[dict[str, Any]]) -> None:
     if list(rows[0]) == ["note"]:
-        console.print(f"{name}: {rows[0]['note']}", markup=False)
+        console.print(f"{name}: {rows[0]['note']}")
     else:
-        console.print(f"\n## {name}\n\n{PARTS[name].table(rows)}\n", markup=False)
+        console.print(f"\n## {name}\n\n{PARTS[name].table(rows)}\n")
 
 
 def _arguments() -> argparse.Namespace:

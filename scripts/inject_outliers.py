@@ -123,7 +123,7 @@ def main(options: Options) -> None:
     _check(checkpoint, params, changed)
     with new_directory(options.output) as unfinished:
         _write(unfinished, checkpoint, changed)
-    console.print(f"The copy is in {options.output}.", markup=False)
+    console.print(f"The copy is in {options.output}.")
 
 
 def _check(checkpoint: HfCheckpoint, params: Flat, changed: Flat) -> None:

@@ -75,7 +75,7 @@ def main(options: Options) -> None:
     (options.output / "outliers.json").write_text(text + "\n", encoding="utf-8")
     (options.output / "outliers.md").write_text(markdown(options, results), encoding="utf-8")
     plot(options.output / "outliers.png", results)
-    console.print(f"The results are in {options.output / 'outliers.md'}.", markup=False)
+    console.print(f"The results are in {options.output / 'outliers.md'}.")
 
 
 def measure(options: Options, model: str, factor: float) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Summary(NamedTuple):
 def main(options: Options) -> None:
     """Run the script; FpqError for anything wrong with its input."""
     summary = summarize([_read(path) for path in options.reports], options.text)
-    console.print("\n".join(markdown(summary)), markup=False)
+    console.print("\n".join(markdown(summary)))
     if options.output is not None:
         draw(summary, options.output)
 

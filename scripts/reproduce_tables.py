@@ -69,7 +69,7 @@ def main(options: Options) -> None:
     result = {"texts": [text_title(spec) for spec in options.eval], "models": measured}
     result["claims"] = {title: check_claims(m["runs"]) for title, m in measured.items()}
     write(options, rows, result)
-    console.print(f"The tables are in {options.output / 'tables.md'}.", markup=False)
+    console.print(f"The tables are in {options.output / 'tables.md'}.")
 
 
 def recognized(architecture: str, config: Any) -> str | None:

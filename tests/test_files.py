@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
-from fpq_jax._support.files import code_digest, read_sealed, try_lock, write_json, write_sealed
+from fpq_jax import FpqError
+from fpq_jax._support.files import check_writable, code_digest, read_sealed, try_lock, write_json, write_sealed
 
 DIGEST = "from fpq_jax._support.files import code_digest; print(code_digest())"
 
@@ -55,3 +57,22 @@ def test_the_codes_digest_is_of_every_source(tmp_path, changed):
     with (tmp_path / changed).open("a") as file:
         file.write("# changed\n")
     assert digest() != code_digest()
+
+
+def test_json_goes_to_a_pipe_as_to_any(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        write_json(pipe, {"a": 1})
+        assert json.loads(read.result(timeout=20)) == {"a": 1}
+    assert pipe.is_fifo()
+
+
+def test_where_a_report_cannot_be_written_is_said_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "no" / "r.json", tmp_path / "file" / "r.json"):
+        with pytest.raises(FpqError, match=r"The report .* cannot be written; name a file in a folder"):
+            check_writable(path)
+    for path in (None, tmp_path / "new.json", tmp_path / "file", Path("/dev/null")):
+        check_writable(path)

@@ -243,7 +243,7 @@ def test_wrong_arguments_are_one_sentence(monkeypatch, capsys, tmp_path, tiny_ll
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"activation_function": "tanh"}, "activation_function 'tanh' is not supported for OPT"),
+        ({"activation_function": "tanh"}, "activation_function 'tanh' is not supported"),
         ({"scale_embeddings": True}, "scale_embeddings is not supported"),
         ({"ffn_dim": 96}, "fc1.weight [80, 48] instead of [96, 48]"),
     ],

@@ -18,7 +18,7 @@ from fpq_jax._checkpoints.demo import is_demo
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._checkpoints.model_folder import sidecars
 from fpq_jax._checkpoints.sources import open_original, resolve_model
-from fpq_jax._errors import FpqError, check_at_least
+from fpq_jax._errors import FpqError, check_at_least, check_seed
 from fpq_jax._pipeline.batches import BATCH_TOKENS
 from fpq_jax._pipeline.choose_bits import check_bits
 from fpq_jax._pipeline.quantize_layers import linears
@@ -128,6 +128,7 @@ def open_job(options: JobOptions, recipes: Sequence[Recipe]) -> Job:
     Several recipes share what calibration sees in the first layer. FpqError for whatever is wrong with the options, a
     rule that fits no Linear of the model included.
     """
+    check_seed(options.seed)
     for spec in (options.calibration_spec, *options.eval):
         check_spec(spec)
     folder = resolve_model(options.model)
@@ -159,7 +160,6 @@ def open_job(options: JobOptions, recipes: Sequence[Recipe]) -> Job:
         console.print(
             f"{options.calibration_spec} has only {len(calibration.windows)} calibration windows of the "
             f"{options.samples:,} asked for.",
-            markup=False,
         )
     evaluation = {
         spec: evaluation_windows(spec, tokenizer, length=length, vocab_size=config.vocab_size) for spec in options.eval

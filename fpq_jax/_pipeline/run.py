@@ -137,7 +137,7 @@ def quantize_parts(job: Job, recipe: Recipe, progress: RunProgress, *, rows: boo
     samples, length = job.calibration.windows.shape
     spec, config = job.calibration.spec, job.checkpoint.model_config
     what = f"{job.model_name} with {recipe.name}"
-    console.print(f"Quantizing {what}: {samples} windows of {length} tokens of {spec}", markup=False)
+    console.print(f"Quantizing {what}: {samples} windows of {length} tokens of {spec}")
     finished = list(progress.parts)
     if finished:
         console.print(f"{len(finished)} of {len(part_names(config))} parts are there already.")
@@ -158,7 +158,7 @@ def quantize_parts(job: Job, recipe: Recipe, progress: RunProgress, *, rows: boo
             fishers=partial(read_fisher, progress.fisher) if recipe.needs_fisher else None,
         ):
             for result in part.results if rows else ():
-                console.print(row_text(result), markup=False)
+                console.print(row_text(result))
             results = [asdict(result) for result in part.results]
             progress.write(part.name, part.params, results=results, seconds=part.seconds)
             if part.name.startswith("layers."):

@@ -1,11 +1,13 @@
 """What a person sees while a command runs: progress on a terminal, plain lines elsewhere; errors in one sentence."""
 
+import dataclasses
 import errno
 import inspect
 import logging
 import os
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,9 +20,10 @@ from fpq_jax._support.mesh import is_first, several_processes, start_processes
 from fpq_jax._version import __version__
 
 Options = TypeVar("Options")
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # of Unicode's bidirectional classes
 
-# soft_wrap: a long row is never broken into two lines
-console = Console(highlight=False, soft_wrap=True)
+# names and texts are written as they are, and a long row is never broken into two lines
+console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -37,6 +40,20 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps=1: bar.update(task, advance=steps)
+
+
+def write_text(text: str) -> None:
+    """Text that is data, character by character; on a terminal, which would obey them, control characters are shown as
+    their codes."""
+    if not console.quiet:
+        console.file.write(_visible(text) if console.is_terminal else text)
+        console.file.flush()
+
+
+def _visible(text: str) -> str:
+    """Control characters but tabs and new lines, and those that turn the direction of writing."""
+    obeyed = lambda c: (unicodedata.category(c) == "Cc" and c not in "\t\n") or unicodedata.bidirectional(c) in _TURNS
+    return "".join(c.encode("unicode_escape").decode() if obeyed(c) else c for c in text)
 
 
 def join_processes() -> None:
@@ -58,8 +75,10 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
         print(f"fpq_jax {__version__}")
         return
     description = f"{inspect.cleandoc(options.__doc__ or '')} With --version, print the version of fpq_jax."
-    parsed = tyro.cli(options, prog=name and f"python -m fpq_jax.{name}", description=description)
     try:
+        arguments = _once(sys.argv[1:], options)
+        prog = name and f"python -m fpq_jax.{name}"
+        parsed = tyro.cli(options, prog=prog, description=description, args=arguments)
         _main(main, parsed)
     except FpqError as error:
         _fail(str(error))
@@ -71,6 +90,25 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
             raise
         full = "; make room there and start the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}{full}.")
+
+
+def _once(arguments: list[str], options: type) -> list[str]:
+    """A command line that has each flag once: what is said of one several times is put together where it may have
+    several values; otherwise the last counts."""
+    several = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(options) if str(f.type).startswith("tuple")}
+    found: dict[str, list[str]] = {"": []}
+    at = ""
+    for argument in arguments:
+        if not argument.startswith("--"):
+            found[at].append(argument)
+            continue
+        given, equals, value = argument.partition("=")
+        at = given.replace("_", "-")
+        if at in several:
+            found.setdefault(at, [at]).extend([value] if equals else [])
+        else:
+            found[at] = [argument]
+    return [word for words in found.values() for word in words]
 
 
 def _main(main: Callable[[Options], None], parsed: Options) -> None:

@@ -31,8 +31,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_writable(path: Path | None) -> None:
+    """FpqError if a report cannot be written there."""
+    if path is None:
+        return
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+        raise FpqError(f"The report {path} cannot be written; name a file in a folder that exists and is yours.")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON by one rename, on the disk before the name is."""
+    """Write JSON by one rename, on the disk before the name is; to a device or a pipe as to any."""
+    if path.exists() and not path.is_file():
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        return
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
