@@ -10,7 +10,7 @@ from fpq_jax._errors import FpqError, check_at_least, check_seed
 from fpq_jax._generation.generator import Generator, KvCache, Sampling
 from fpq_jax._matmul.fp4_kernel.matmul import notice
 from fpq_jax._matmul.weight_layouts import WeightLayout
-from fpq_jax._pipeline.text import load_tokenizer
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax._support.console import console, join_processes, run_command, size_text, write_text
 from fpq_jax._support.files import read_json_object
 from fpq_jax._support.mesh import parse_mesh

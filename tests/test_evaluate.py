@@ -7,7 +7,8 @@ from conftest import forward
 
 from fpq_jax import load, save
 from fpq_jax._pipeline.perplexity import perplexity
-from fpq_jax._pipeline.text import evaluation_windows, load_tokenizer
+from fpq_jax._pipeline.text import evaluation_windows
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax._support.console import run_command
 from fpq_jax.evaluate import Options, main
 from fpq_jax.quantize import Options as QuantizeOptions

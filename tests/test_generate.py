@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from fpq_jax import FpqError, QuantSpec, evaluate, generate, load, quantize_array, save
-from fpq_jax._pipeline.text import load_tokenizer
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax._support.console import run_command
 from fpq_jax.generate import Options, _stop_tokens, main
 from fpq_jax.models.parameters import params_of, with_params

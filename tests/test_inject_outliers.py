@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from fpq_jax import FpqError, load, save
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._pipeline.text import load_tokenizer
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax.models.parameters import build_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "inject_outliers.py"

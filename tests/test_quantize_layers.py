@@ -11,7 +11,8 @@ from fpq_jax._checkpoints.huggingface import HfCheckpoint
 from fpq_jax._numerics.activations import fake_quantize_tokens
 from fpq_jax._pipeline.perplexity import perplexity
 from fpq_jax._pipeline.quantize_layers import linears, quantize_checkpoint
-from fpq_jax._pipeline.text import calibration_text, load_tokenizer
+from fpq_jax._pipeline.text import calibration_text
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax._support.mesh import make_mesh
 from fpq_jax.models.parameters import build_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fpq_jax._checkpoints.huggingface import HfCheckpoint
-from fpq_jax._pipeline.text import load_tokenizer
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.full
 

@@ -20,7 +20,8 @@ from fpq_jax._pipeline.batches import BATCH_TOKENS, Batches, batch_size, windows
 from fpq_jax._pipeline.layerwise import embed, forward
 from fpq_jax._pipeline.perplexity import Perplexity, of_losses
 from fpq_jax._pipeline.predictions import LastLayer, predictions
-from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows, load_tokenizer, window_length
+from fpq_jax._pipeline.text import Windows, calibration_text, evaluation_windows, window_length
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax._support.console import progress_bar
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.mesh import sum_over_processes

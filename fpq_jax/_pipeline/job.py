@@ -28,9 +28,9 @@ from fpq_jax._pipeline.text import (
     calibration_text,
     check_spec,
     evaluation_windows,
-    load_tokenizer,
     window_length,
 )
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 from fpq_jax._support.console import console, progress_bar
 from fpq_jax._support.files import code_digest, files_digest
 from fpq_jax._support.machine import arithmetic_dtype

@@ -4,7 +4,6 @@ Evaluation follows GPTQ's protocol (paper: 4.1): the text is tokenized once, wit
 adds by itself, and cut into whole windows.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtyping import Int
 from fpq_jax._checkpoints.demo import demo_model_path, is_demo
 from fpq_jax._errors import FpqError
 from fpq_jax._pipeline.documents import C4, documents, source
+from fpq_jax._pipeline.tokenizer import load_tokenizer
 
 Windows = Int[np.ndarray, "N L"]
 
@@ -38,21 +38,6 @@ def window_length(seq_len: int | None, max_positions: int) -> int:
     if seq_len is not None and seq_len > max_positions:
         raise FpqError(f"--seq-len {seq_len} is more than the model's {max_positions} positions.")
     return seq_len or min(_DEFAULT_LENGTH, max_positions)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, by transformers; no remote code is run."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, all about the files in the folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FpqError(
-            f"No tokenizer can be loaded from {folder} ({reason}); copy the model's tokenizer files there."
-        ) from error
 
 
 @dataclass(frozen=True)
