@@ -229,11 +229,11 @@ class HfCheckpoint:
         if wrong:
             raise FpqError(f"Tensor {stored} in {file.path} holds {wrong}; the checkpoint is damaged.")
         if self._tied_head is not None and name == tensor_name(self.model_class, TABLE):
-            self._check_tied_head(value)
+            self._check_tied(self._tied_head, value)
         return value
 
-    def _check_tied_head(self, embedding: np.ndarray) -> None:
-        file, stored = self._where[self._tied_head]
+    def _check_tied(self, name: str, embedding: np.ndarray) -> None:
+        file, stored = self._where[name]
         head = file.read(stored)
         as_bytes = lambda values: np.ascontiguousarray(values).view(np.uint8)
         if head.dtype != embedding.dtype or not np.array_equal(as_bytes(head), as_bytes(embedding)):
