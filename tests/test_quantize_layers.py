@@ -17,9 +17,9 @@ from fpq_jax._support.mesh import make_mesh
 from fpq_jax.models.parameters import build_model
 
 
-def quantized(checkpoint, what, windows, **options):
+def quantized(checkpoint, what, windows, dtype=jnp.float32, **options):
     """(all parameters by path, all results)"""
-    parts = list(quantize_checkpoint(checkpoint, what, windows, jnp.float32, make_mesh(), **options))
+    parts = list(quantize_checkpoint(checkpoint, what, windows, dtype, make_mesh(), **options))
     params = {path: leaf for part in parts for path, leaf in part.params.items()}
     return jax.device_get(params), [result for part in parts for result in part.results]
 
@@ -51,6 +51,16 @@ def test_every_linear_is_quantized_better_than_by_rounding_and_lorc_helps(tiny_l
     assert all(isinstance(leaf, QTensor) == path.endswith("_proj.kernel") for path, leaf in params.items())
     _, corrected = quantized(checkpoint, recipe(lorc={"rank": 4}), windows)
     assert all(b.error < a.error for a, b in zip(results, corrected, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"sequential": True, "error_propagation": 0.5}])
+def test_in_bfloat16_it_is_calibrated_as_in_float32(tiny_llama, windows, options):
+    """Products there have a form of their own on a CPU."""
+    checkpoint = HfCheckpoint(tiny_llama)
+    _, exact = quantized(checkpoint, recipe(**options), windows)
+    _, rounded = quantized(checkpoint, recipe(**options), windows, jnp.bfloat16)
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.error == pytest.approx(one.error, rel=0.1)
 
 
 def test_hessians_are_of_the_quantized_inputs_behind_the_quantized_layers(tiny_llama, windows):

@@ -99,6 +99,27 @@ def test_each_kernel_of_a_stack_has_its_count():
         assert found.hessian.shape == (3, WIDTH, WIDTH) and found.count.tolist() == counts
 
 
+def test_of_a_product_with_a_form_for_one_platform_the_others_is_recorded():
+    """Whatever shape the input has there."""
+
+    def flat(x, w):
+        return (x.reshape(-1, WIDTH) @ w).reshape(x.shape)
+
+    def own(params, x, real):
+        y = jax.lax.platform_dependent(x, params["q"], cpu=flat, default=jnp.matmul)
+        return jnp.tanh(y) @ params["out"]
+
+    kernels = {name: RecordedKernel.of(AXES, SPEC) for name in ("q", "out")}
+    of = lambda function: record_stats(
+        *Recorder.of(function, PARAMS, kernels, mask), BATCHES, static_batches=lambda: BATCHES
+    )
+    plain = of(lambda params, x, real: jnp.tanh(x @ params["q"]) @ params["out"])
+    found = of(own)
+    for name in kernels:
+        np.testing.assert_allclose(found.of(name).hessian, plain.of(name).hessian, rtol=1e-5, atol=1e-5)
+        assert int(found.of(name).count) == 20
+
+
 def test_inputs_of_loops_and_stacks_cannot_be_compared():
     stack = {"w": draw(1, 3, WIDTH, WIDTH)}
     axes = Axes.of(("stack", "in", "out"), (3, WIDTH, WIDTH), jnp.float32)

@@ -166,6 +166,10 @@ class _Interpreter:
     def cond(self, eqn: Any, operands: list[Any]) -> list[Any]:
         index, *arguments = operands
         jaxprs = eqn.params["branches"]
+        platforms = eqn.params.get("branches_platforms")
+        if self.handler.records and platforms is not None and None in platforms:
+            # one platform's own form may have other shapes; what is recorded is that of all others
+            return self.run(jaxprs[platforms.index(None)], arguments)
         forwarded = [_forwarded(jaxpr).items() for jaxpr in jaxprs]
         same = dict(set.intersection(*map(set, forwarded)))
         branch = lambda jaxpr, empty, *arguments: self._filled(self.arrays_inside(jaxpr, arguments, same), empty)
