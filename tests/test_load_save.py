@@ -138,8 +138,42 @@ def test_models_that_are_nowhere_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(FpqError, match="no such model could be fetched from the hub"):
         resolve_model("someone/model")
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert resolve_model("someone/model") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", "someone/model is gated: accept its terms at https://huggingface.co/someone/model, and log"),
+        ("RepositoryNotFoundError", "no such model on the hub, or it is private; check the name, or log in"),
+        ("LocalEntryNotFoundError", r"could be fetched from the hub \(LocalEntryNotFoundError\); check the name"),
+    ],
+)
+def test_the_hubs_refusals_have_their_own_remedies(monkeypatch, kind, said):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refused(name, allow_patterns):
+        raise getattr(errors, kind).__new__(getattr(errors, kind))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(FpqError, match=said):
+        resolve_model("someone/model")
+
+
+def test_of_an_unknown_family_no_weights_are_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def download(name, allow_patterns):
+        assert allow_patterns == ["config.json"]
+        (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FpqError, match="model_type 'whisper' is not supported"):
+        resolve_model("someone/model")
 
 
 HUB = {
@@ -155,19 +189,26 @@ HUB = {
     ],
 }
 SIDECARS = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt"]
+UNNEEDED = [
+    "README.md",
+    "consolidated.safetensors",
+    "original/params.json",
+    "original/model.safetensors",
+    "onnx/config.json",
+]
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("both", 1), ("shards_of_both", 2), ("bin", 1), ("shards_of_bin", 2)])
 def test_one_kind_of_weights_is_fetched_from_the_hub(tmp_path, monkeypatch, kind, weights):
     import huggingface_hub
 
-    remote = [*HUB[kind], *SIDECARS, "README.md"]
+    remote = [*HUB[kind], *SIDECARS, *UNNEEDED]
 
     def download(name, allow_patterns):
         for file in remote:
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
                 (tmp_path / file).parent.mkdir(exist_ok=True)
-                (tmp_path / file).touch()
+                (tmp_path / file).write_text('{"model_type": "llama"}' if file == "config.json" else "")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -178,6 +219,7 @@ def test_one_kind_of_weights_is_fetched_from_the_hub(tmp_path, monkeypatch, kind
         name for name in HUB[kind] if name.endswith(suffix) and name.startswith(("model", "pytorch_model"))
     )
     assert len([name for name in fetched if name.endswith(suffix)]) == weights
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert fetched >= {*SIDECARS, *(name for name in HUB[kind] if name.endswith(".index.json"))}
 
 
@@ -190,7 +232,7 @@ def test_a_cached_model_is_found_without_a_network(tmp_path, monkeypatch, cached
     snapshot = repository / "snapshots" / commit
     for path, text in {
         repository / "refs" / "main": commit,
-        snapshot / "config.json": "{}",
+        snapshot / "config.json": '{"model_type": "llama"}',
         snapshot / cached: "",
         # what the repository has: other weights that were never fetched, and are not asked for
         repository / "trees" / f"{commit}.json": json.dumps(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -299,3 +301,19 @@ def test_a_checkpoint_in_float16_is_worked_on_in_float32_on_a_cpu(monkeypatch, c
     run_command(evaluate.main, evaluate.Options, "evaluate")
     assert str(load(tiny_opt).embed_tokens.embedding.get_value().dtype) == "float16"
     assert len(Generator(load(tiny_opt, weights="fp8"))([[1, 2]], max_new_tokens=3).tokens[0]) == 3
+
+
+@pytest.mark.full
+def test_a_run_that_is_terminated_leaves_no_temporary_folder(tmp_path, tiny_llama, text_file):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    line = [sys.executable, "-m", "fpq_jax.quantize", "--model", tiny_llama, "--calibration", text_file]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    run = subprocess.Popen(list(map(str, line)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(temporary.glob("fpq-*")):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.terminate()
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM and b"Interrupted" in printed and b"Traceback" not in printed
+    assert not list(temporary.glob("fpq-*"))

@@ -25,6 +25,7 @@ from fpq_jax._numerics.formats import E4M3
 from fpq_jax._numerics.qtensor import QTensor, dequantize, quantize_array
 from fpq_jax._storage.compressed_tensors import CompressedScheme, can_hold, scheme_for
 from fpq_jax._storage.config_json import QUANTIZATION_KEYS
+from fpq_jax._storage.digests import write_digests
 from fpq_jax._storage.lora_adapter import FOLDER, AdapterWriter
 from fpq_jax._storage.native_safetensors import NativeScheme
 from fpq_jax._storage.safetensors_writer import DTYPES, TensorsWriter
@@ -121,6 +122,8 @@ class Export:
             if isinstance(self.scheme, NativeScheme) and (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         (folder / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
+        if isinstance(self.scheme, NativeScheme):
+            write_digests(folder)
         return writer
 
     def _write(self, path: str, leaf: Any, writer: TensorsWriter, adapter: AdapterWriter) -> None:

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor, dequantize
 from fpq_jax._storage.config_json import quantization_config, read_config
+from fpq_jax._storage.digests import Digests
 from fpq_jax._storage.lora_adapter import FOLDER, low_rank_of, read_rank, tensor_names
 from fpq_jax._storage.native_safetensors import METHOD, NativeScheme
 from fpq_jax._storage.quantization_config import scheme_of
@@ -48,11 +49,14 @@ class HfCheckpoint:
 
     shapes: path of each parameter -> its shape. dtype: what most unquantized weights are stored in. scheme: how
     quantized Linears are stored, None in an unquantized checkpoint.
-    Raises FpqError, with all mismatches at once. Values are checked as they are read.
+    Raises FpqError, with all mismatches at once. Values are checked as they are read, and, to ``verify``, files that
+    have digests.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, verify: bool = True):
         self.folder = folder
+        self._digests = Digests(folder, verify=verify)
+        self._digests.check(lambda name: not name.endswith(".safetensors"))
         self.config = read_config(folder)
         self.model_class = model_class_of(self.config)
         self.model_config = self.model_class.Config.from_hf(self.config)
@@ -216,6 +220,7 @@ class HfCheckpoint:
     def _checked(self, name: str) -> np.ndarray:
         """A tensor as stored. FpqError if it holds values that are not finite."""
         file, stored = self._where[name]
+        self._digests.check(lambda path: path == file.path.name)
         value = file.read(stored)
         expected, wrong = self._expected[name], ""
         if not _all_finite(value):

@@ -16,6 +16,7 @@ from fpq_jax._checkpoints.sources import abstract_leaves, open_model, resolve_mo
 from fpq_jax._checkpoints.tree_folder import is_tree_dir, read_tree, write_tree
 from fpq_jax._errors import FpqError
 from fpq_jax._matmul.weight_layouts import WeightLayout, check_any_for_fragments, check_layout
+from fpq_jax._storage.digests import write_digests
 from fpq_jax._storage.orbax_parts import arrays_of
 from fpq_jax._support.machine import arithmetic_dtype
 from fpq_jax._support.new_directory import new_directory
@@ -55,6 +56,7 @@ def save(directory: str | Path, model: Any) -> None:
     with new_directory(Path(directory)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_params(folder, model)
+        write_digests(folder, but=["config.json"])  # whose place the original's may take, with the tokenizer's files
 
 
 def load(
@@ -64,6 +66,7 @@ def load(
     weights: WeightLayout | None = None,
     mesh: Mesh | None = None,
     like: Any = None,
+    verify: bool = True,
 ) -> Any:
     """Loads a model, or a tree of parameters that ``save`` wrote.
 
@@ -80,14 +83,16 @@ def load(
             (see ``make_mesh``).
         like: for a tree that is not one of this library's models, the tree before or after it was quantized, of arrays
             or shapes, or a function that makes it. It gives the structure and, with its shardings, the place of each
-            array. No other option applies then (see ``expand_params``).
+            array. No other option but ``verify`` applies then (see ``expand_params``).
+        verify: whether to look, by its digest, that each file is what ``quantize``, ``save`` or ``export`` wrote, which
+            takes half a second for a gigabyte.
 
     Returns:
         The model, called as ``model(tokens [B, T])`` for logits [B, T, V], or the tree.
 
     Raises:
-        FpqError: there is no such model or it cannot be read, it does not divide over the mesh, or an option does not
-            apply.
+        FpqError: there is no such model or it cannot be read, a file is not what was written, it does not divide over
+            the mesh, or an option does not apply.
 
     Example:
         >>> model = fpq.load("demo-llama", weights="fp8")
@@ -98,8 +103,8 @@ def load(
         check_layout(weights, None if mesh is None else mesh.size)
     folder = resolve_model(directory)
     if like is not None or is_tree_dir(folder):
-        return _load_tree(folder, like, dtype=dtype, weights=weights, mesh=mesh)
-    checkpoint = open_model(folder)
+        return _load_tree(folder, like, verify, dtype=dtype, weights=weights, mesh=mesh)
+    checkpoint = open_model(folder, verify=verify)
     if weights is not None:
         check_any_for_fragments(abstract_leaves(checkpoint), weights)
     if mesh is not None:
@@ -118,7 +123,7 @@ def load(
     return model if weights is None else prepare_in_place(model, weights)
 
 
-def _load_tree(folder: Path, like: Any, **options: Any) -> Any:
+def _load_tree(folder: Path, like: Any, verify: bool, **options: Any) -> Any:
     if not is_tree_dir(folder):
         raise FpqError(f"{folder} is a model of fpq_jax's own and no other tree; load it without like.")
     if like is None:
@@ -127,7 +132,7 @@ def _load_tree(folder: Path, like: Any, **options: Any) -> Any:
         )
     if given := [name for name, value in options.items() if value is not None]:
         raise FpqError(f"{folder} holds a tree, to which {given[0]} does not apply; load it with like alone.")
-    return read_tree(folder, like)
+    return read_tree(folder, like, verify=verify)
 
 
 def _distributed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -5,6 +5,7 @@ A directory that quantize wrote holds
     params/       the arrays, an Orbax checkpoint for each part: embedding, layers.0, ..., head
     fpq.json      what arrays cannot say: version, each QTensor's spec and shape, every array's shape and dtype
     config.json   the model's, with the tokenizer's files, recipe.yaml and report.json
+    digests.json  of all other files
 
 and appears under its name only when all of it is written.
 """
@@ -21,8 +22,10 @@ from fpq_jax._checkpoints.tree_folder import is_tree_dir
 from fpq_jax._errors import FpqError
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._storage.config_json import QUANTIZATION_KEYS, read_config
+from fpq_jax._storage.digests import Digests
 from fpq_jax._storage.orbax_parts import (
     MANIFEST,
+    PARAMS,
     VERSION,
     Entry,
     PartsWriter,
@@ -48,11 +51,14 @@ def _one_device(path: str, part: str) -> jax.sharding.Sharding:
 
 
 class QuantizedCheckpoint:
-    """A directory that quantize (or ``save``) wrote, to be read part by part. FpqError if it is damaged."""
+    """A directory that quantize (or ``save``) wrote, to be read part by part. FpqError if it is damaged, and, to
+    ``verify``, if a file is not what was written."""
 
     quantized = True
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, verify: bool = True):
+        self._digests = Digests(folder, verify=verify)
+        self._digests.check(lambda name: not name.startswith(f"{PARAMS}/"))
         if is_tree_dir(folder):
             raise FpqError(
                 f"{folder} holds a tree of another model; load it in Python, with fpq_jax.load(folder, like=...)."
@@ -79,6 +85,7 @@ class QuantizedCheckpoint:
 
     def read_part(self, name: str, dtype: Any = None, sharding: Sharding = _one_device) -> Flat:
         """The parameters of a part, what is not quantized in ``dtype``, by default as stored."""
+        self._digests.check(lambda file: file.startswith(f"{PARAMS}/{name}/"))
         params = read_part(self.folder, name, self.entries[name], sharding)
         if dtype is None:
             return params

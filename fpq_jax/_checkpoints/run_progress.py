@@ -2,7 +2,7 @@
 
 Beside the output to be, OUT.unfinished holds
 
-    fpq.lock        held by the run
+    fpq.lock        held by the run; the folder is its user's alone
     job.json        the facts that fingerprint the job
     progress/       a record for each finished part (what came of it, and a digest of every file of it), and what
                     else was measured
@@ -16,6 +16,7 @@ A record is written when its part is on the disk. When a run starts again, a par
 record are not as they were written, is made again.
 """
 
+import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from typing import IO, Any
 from fpq_jax._errors import FpqError
 from fpq_jax._storage.orbax_parts import PARAMS, Entry, PartsWriter, Sharding, abstract_part, read_part
 from fpq_jax._support.console import size_text
-from fpq_jax._support.files import folder_digests, json_digest, read_sealed, try_lock, write_sealed
+from fpq_jax._support.files import check_ours, folder_digests, json_digest, read_sealed, try_lock, write_sealed
 from fpq_jax._support.machine import free_disk
 from fpq_jax._support.mesh import barrier, from_first, is_first
 from fpq_jax._support.trees import Flat, stored_bytes
@@ -56,6 +57,7 @@ def finished_layers(output: Path) -> int:
 def is_published(output: Path) -> bool:
     """Whether a run was killed when its model was already in its place, its progress still there."""
     folder = progress_folder(output)
+    check_ours(folder)
     return output.is_dir() and is_progress(folder) and not (folder / _MODEL).exists()
 
 
@@ -92,8 +94,10 @@ class RunProgress:
         self.model = self.folder / _MODEL
         self._facts = json_digest(facts)
         if is_first():
+            check_ours(self.folder)
             self._check(facts)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
             self._lock = self._locked()
             write_sealed(self.folder / _JOB, facts)
             for folder in (self._progress, self.model / PARAMS):
@@ -152,7 +156,8 @@ class RunProgress:
 
     def _locked(self) -> IO[str]:
         """A file that this process has locked for as long as it lives; FpqError if another one has."""
-        file = (self.folder / _LOCK).open("w", encoding="utf-8")
+        descriptor = os.open(self.folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        file = open(descriptor, "w", encoding="utf-8")
         if not try_lock(file.fileno()):
             raise FpqError(f"Another process is working on {self.folder}; wait for it, or end it.")
         file.write("held by the run that is working here\n")
@@ -165,10 +170,18 @@ class RunProgress:
             if record is None or not place.is_dir() or folder_digests(place) != record["files"]:
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
                 records[place.name] = None
+        known = (records.get(_PROGRAMS) or {"value": {}})["value"]
+        for program, digest in self._program_digests().items():
+            if known.get(program) != digest:  # it was being written, or was changed
+                (self.programs / program).unlink()
         for path in self._progress.iterdir():
             record = records.get(path.stem)
             if record is None or ("files" in record and not (self.model / PARAMS / path.stem).is_dir()):
                 path.unlink()
+
+    def _program_digests(self) -> dict[str, str]:
+        """Without the files in which JAX notes when a program was last used."""
+        return {name: digest for name, digest in folder_digests(self.programs).items() if not name.endswith("-atime")}
 
     def _record(self, path: Path) -> dict[str, Any] | None:
         """A record of this very job, or None."""
@@ -211,6 +224,7 @@ class RunProgress:
         if is_first():
             record = {**record, "files": folder_digests(self.model / PARAMS / name)}
             write_sealed(self._progress / f"{name}.json", {"job": self._facts, "record": record})
+            self.keep(_PROGRAMS, self._program_digests())
         self._records[name] = record | {"files": record.get("files")}
 
     def wait(self) -> None:
@@ -246,6 +260,11 @@ class RunProgress:
     def entries(self) -> dict[str, Entry]:
         """The entry of each finished part."""
         return {name: record["entry"] for name, record in self.parts.items()}
+
+    def digests(self) -> dict[str, str]:
+        """Of each finished part's files, by their paths in the model's folder."""
+        of_parts = {name: record["files"] for name, record in self.parts.items()}
+        return {f"{PARAMS}/{name}/{file}": found for name, files in of_parts.items() for file, found in files.items()}
 
     def finish(self) -> None:
         """The model becomes the output. All that belongs to it must have been written to ``model``."""

@@ -2,11 +2,11 @@
 
     params/tree   the arrays
     fpq.json      version, "tree", each QTensor's spec, shape and axes, every array's shape and dtype
+    digests.json  of all other files
 
 Leaves that are no arrays are not written; the tree that is loaded into has them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from fpq_jax._matmul.fp4_kernel.fragments import of_fragments
 from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._numerics.qtensor_sharding import shardings_like
+from fpq_jax._storage.digests import Digests, write_digests
 from fpq_jax._storage.orbax_parts import MANIFEST, VERSION, PartsWriter, abstract_part, arrays_of, read_part
-from fpq_jax._support.files import write_json
+from fpq_jax._support.files import read_json_object, write_json
 from fpq_jax._support.trees import Flat, merge_arrays, named_leaves, split_arrays
 from fpq_jax._transform.quantized import axes_of, is_traced
 
@@ -46,6 +47,7 @@ def write_tree(folder: Path, tree: Any) -> None:
     finally:
         writer.close()
     write_json(folder / MANIFEST, {"version": VERSION, _TREE: entry})
+    write_digests(folder)
 
 
 def is_tree_dir(folder: Path) -> bool:
@@ -53,11 +55,13 @@ def is_tree_dir(folder: Path) -> bool:
     return _TREE in _manifest(folder) if (folder / MANIFEST).is_file() else False
 
 
-def read_tree(folder: Path, like: Any) -> Any:
+def read_tree(folder: Path, like: Any, *, verify: bool = True) -> Any:
     """The tree that ``write_tree`` wrote, in the structure of ``like``, each array straight onto its sharding there.
 
-    ``like``: the tree before or after it was quantized, of arrays or shapes, or a function that makes it.
+    ``like``: the tree before or after it was quantized, of arrays or shapes, or a function that makes it. ``verify``:
+    FpqError if a file is not what was written.
     """
+    Digests(folder, verify=verify).check(lambda name: True)
     if callable(like) and jax.tree.leaves(like) == [like]:  # an Equinox module is callable too
         like = _made_by(like)
     manifest = _manifest(folder)
@@ -77,11 +81,7 @@ def read_tree(folder: Path, like: Any) -> Any:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FpqError(f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}).") from error
-    return manifest if isinstance(manifest, dict) else {}
+    return read_json_object(folder / MANIFEST)
 
 
 def _check(folder: Path, stored: Flat, wanted: Flat) -> None:

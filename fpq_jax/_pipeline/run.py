@@ -29,6 +29,7 @@ from fpq_jax._pipeline.job import Job
 from fpq_jax._pipeline.perplexity import Perplexity
 from fpq_jax._pipeline.quantize_layers import linears, quantize_checkpoint
 from fpq_jax._pipeline.report import ROW_TITLE, make_report, row_text
+from fpq_jax._storage.digests import write_digests
 from fpq_jax._support.compile_cache import kept_programs
 from fpq_jax._support.console import console, progress_bar
 from fpq_jax._support.files import write_json
@@ -212,6 +213,7 @@ def publish(job: Job, report: dict[str, Any], progress: RunProgress, output: Pat
             (progress.model / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
             write_json(progress.model / "report.json", report)
             write_manifest(progress.model, progress.entries())
+            write_digests(progress.model, progress.digests())
         progress.finish()
     if copy is not None:
         copy_report(report, output, copy)

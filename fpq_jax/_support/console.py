@@ -5,7 +5,9 @@ import errno
 import inspect
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -75,6 +77,8 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
         print(f"fpq_jax {__version__}")
         return
     description = f"{inspect.cleandoc(options.__doc__ or '')} With --version, print the version of fpq_jax."
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         arguments = _once(sys.argv[1:], options)
         prog = name and f"python -m fpq_jax.{name}"
@@ -84,12 +88,24 @@ def run_command(main: Callable[[Options], None], options: type[Options], name: s
         _fail(str(error))
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "Interrupted.", file=sys.stderr)
-        _end(130)
+        terminated = isinstance(interrupt, _Terminated) or isinstance(interrupt.__context__, _Terminated)
+        _end(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except OSError as error:
         if error.errno is None:
             raise
         full = "; make room there and start the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}{full}.")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: temporary folders are removed."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
 
 
 def _once(arguments: list[str], options: type) -> list[str]:

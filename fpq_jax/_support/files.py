@@ -3,7 +3,11 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
+import stat
+import tempfile
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,18 +46,63 @@ def check_writable(path: Path | None) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON by one rename, on the disk before the name is; to a device or a pipe as to any."""
+    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
     if path.exists() and not path.is_file():
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         return
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = None
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
+        # a name that nobody else can have prepared, as a link to a file of ours
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.unfinished-", dir=path.parent)
+        unfinished = Path(name)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        unfinished.chmod(0o666 & ~umask())
         unfinished.rename(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with null for numbers that are none, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def umask() -> int:
+    """The permissions that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_ours(folder: Path) -> None:
+    """FpqError if anything in a folder, or the folder, belongs to another user, may be changed by others, or is a link
+    to elsewhere."""
+    if not os.path.lexists(folder):
+        return
+    with tempfile.TemporaryFile(dir=folder.parent) as file:
+        owner = os.fstat(file.fileno()).st_uid  # of what we make there, which a network's file system may rename
+    places = [folder, *(Path(top) / name for top, *names in os.walk(folder) for name in [*names[0], *names[1]])]
+    for place in places:
+        try:
+            found = place.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(found.st_mode):
+            raise FpqError(f"{place} is a link, and may lead to anywhere; remove {folder}, or choose another --output.")
+        if found.st_uid != owner or found.st_mode & stat.S_IWOTH:
+            raise FpqError(
+                f"{place} is not your own, or others may write to it; remove {folder}, or choose another --output."
+            )
 
 
 def write_sealed(path: Path, value: Any) -> None:
@@ -91,10 +140,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_digests(folder: Path) -> dict[str, str]:
-    """Of every file below a folder, by its path there."""
+def folder_digests(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
+    """Of every file below a folder, by its path there, ``but`` some of these."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): file_digest(path) for path in files}
+    named = {str(path.relative_to(folder)): path for path in files}
+    return {name: file_digest(path) for name, path in named.items() if name not in but}
 
 
 def files_digest(paths: list[Path]) -> str:

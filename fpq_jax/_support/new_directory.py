@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fpq_jax._errors import FpqError
-from fpq_jax._support.files import try_lock
+from fpq_jax._support.files import try_lock, umask
 
 _JUST_MADE = 60.0  # seconds
 
@@ -40,7 +40,7 @@ def new_directory(directory: Path):
     try:
         try_lock(lock)
         yield unfinished
-        unfinished.chmod(0o777 & ~_umask())
+        unfinished.chmod(0o777 & ~umask())
         try:
             if directory.is_dir():
                 directory.rmdir()  # empty, or this fails
@@ -66,9 +66,3 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
