@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fpq_jax._matmul.bfloat16_products import array_product
 from fpq_jax._matmul.linear import linear, linears
 from fpq_jax._numerics.qtensor import QTensor, take_outputs
 from fpq_jax._support.mesh import MODEL, over_model
@@ -76,11 +75,6 @@ class Block(nnx.Module):
         return linears(x, [getattr(self, part).weights for part in self.MERGED[name]])
 
 
-def _inverse_root(square: Float[Array, "*batch 1"], epsilon: float) -> Float[Array, "*batch 1"]:
-    """1 / sqrt(square + epsilon); NaN where squares overflow, whose vectors would pass as zeros otherwise."""
-    return jnp.where(jnp.isinf(square), jnp.nan, jax.lax.rsqrt(square + epsilon))
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization in float32, then the gain (Zhang & Sennrich, 2019)."""
 
@@ -90,7 +84,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * _inverse_root(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.epsilon)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return x32.astype(x.dtype) * self.scale.get_value()
 
 
@@ -105,7 +99,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * _inverse_root(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.epsilon)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         if self.scale is not None and self.bias is not None:
             x32 = x32 * self.scale.get_value() + self.bias.get_value()
         return x32.astype(x.dtype)
@@ -145,7 +139,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         table = self.embedding.get_value()
-        return linear(x, table) if isinstance(table, QTensor) else array_product(x, table, 1)
+        return linear(x, table) if isinstance(table, QTensor) else x @ table.T
 
 
 def split_heads(x: Float[Array, "R T D"], head_dim: int, batch: int) -> Float[Array, "B T H C"]:

@@ -17,15 +17,6 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
     np.testing.assert_allclose(at(q, 0), np.asarray(q).ravel())
 
 
-@pytest.mark.parametrize(
-    "norm", [RMSNorm(4, epsilon=1e-5, dtype=jnp.float32), LayerNorm(4, affine=False, dtype=jnp.float32)]
-)
-def test_what_overflows_in_a_norm_is_no_number(norm):
-    x = jnp.array([[1.0, -2.0, 3.0, 4.0], [1e20, -3e25, 2.0, 1.0], [1e18, -1e18, 1.0, 2.0]])
-    y = np.asarray(norm(x))
-    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all() and np.abs(y[2]).max() > 1
-
-
 def test_norm_linear_and_embedding():
     norm = RMSNorm(4, epsilon=0.0, dtype=jnp.float32)
     x = jnp.array([[1.0, -2.0, 3.0, 4.0]])

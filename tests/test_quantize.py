@@ -308,6 +308,7 @@ def test_a_run_that_is_terminated_leaves_no_temporary_folder(tmp_path, tiny_llam
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     line = [sys.executable, "-m", "fpq_jax.quantize", "--model", tiny_llama, "--calibration", text_file]
+    line += ["--recipe", "w4a8-fp-m2-lorc"]
     environment = os.environ | {"TMPDIR": str(temporary)}
     run = subprocess.Popen(list(map(str, line)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not list(temporary.glob("fpq-*")):

@@ -23,7 +23,6 @@ from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._support.compiling import compiled
 
 KvCache = Literal["model", "float8"]
-_NOT_FINITE = -1  # instead of a token
 _MULTIPLE = 64  # prompts and caches are rounded up to it, so that programs serve again
 
 
@@ -143,7 +142,7 @@ class Generator:
 
         Raises:
             FpqError: ``max_new_tokens`` is less than 1; a prompt is empty, as long as the model's positions, or has
-                tokens that the model has not; the model's logits are not finite.
+                tokens that the model has not.
         """
         if max_new_tokens < 1:
             raise FpqError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
@@ -182,8 +181,6 @@ class Generator:
         def take(new: np.ndarray) -> None:
             for row in sorted(running):
                 token = int(new[row])
-                if token == _NOT_FINITE:
-                    raise FpqError("The model's logits are not finite numbers; its activations overflow.")
                 if token not in stop:
                     rows[row].append(token)
                     on_token(row, token)
@@ -247,18 +244,15 @@ def step(
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, keys: Shaped[Array, " B"], position: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """A token for each row, ``_NOT_FINITE`` where the logits are not; random numbers depend on its key and the
-    position."""
+    """A token for each row; random numbers depend on its key and the position."""
     logits = logits.astype(jnp.float32)
-    token = likeliest = jnp.argmax(logits, axis=-1)  # of NaN, if there is any
-    finite = jnp.isfinite(jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0])
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-        if sampling.top_p < 1:
-            logits = jnp.where(_likeliest(logits, sampling.top_p), logits, -jnp.inf)
-        keys = jax.vmap(jax.random.fold_in)(keys, position)
-        token = jax.vmap(jax.random.categorical)(keys, logits)
-    return jnp.where(finite, token, _NOT_FINITE).astype(jnp.int32)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_p < 1:
+        logits = jnp.where(_likeliest(logits, sampling.top_p), logits, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in)(keys, position)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def _likeliest(logits: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:

@@ -31,7 +31,6 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
-from fpq_jax._matmul.bfloat16_products import array_product, float32_product
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments, of_fragments
 from fpq_jax._matmul.products import _product, tokens_for
 from fpq_jax._numerics.activations import QuantizedTokens
@@ -103,7 +102,7 @@ def linears(
     results = []
     for kernel, bias in weights:
         if not isinstance(kernel, QTensor | Fragments):
-            y = _row_parallel_linear(x, kernel) if isinstance(kernel, RowParallelKernel) else array_product(x, kernel)
+            y = _row_parallel_linear(x, kernel) if isinstance(kernel, RowParallelKernel) else x @ kernel
             results.append(y if bias is None else y + bias)
             continue
         tokens = None
@@ -167,7 +166,7 @@ def _multiplied(
     """x (quantized: ``tokens``) times the weight without LoRC, in float32. It is differentiated as x @ dequantize(q):
     straight through the rounding of x (Bengio et al., arXiv 1308.3432), and the weight is a constant."""
     if tokens is None:
-        return float32_product(x, dequantize(of_fragments(q), x.dtype))
+        return jnp.matmul(x, dequantize(of_fragments(q), x.dtype), preferred_element_type=jnp.float32)
     return _product(tokens, q)
 
 
@@ -176,7 +175,7 @@ def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
     y = _multiplied(*primals)
     if isinstance(tangents[0], SymbolicZero):
         return y, jnp.zeros_like(y)
-    return y, float32_product(tangents[0], dequantize(of_fragments(q), x.dtype))
+    return y, jnp.matmul(tangents[0], dequantize(of_fragments(q), x.dtype), preferred_element_type=jnp.float32)
 
 
 _multiplied.defjvp(_multiplied_jvp, symbolic_zeros=True)
@@ -193,7 +192,7 @@ def _low_rank_linear(
     """
     whole = axis is not None and x.dtype != jnp.bfloat16
     if x.dtype == jnp.bfloat16 and low_rank.scale is None:
-        inner = array_product(x, low_rank.a)
+        inner = jnp.matmul(x, low_rank.a, preferred_element_type=jnp.bfloat16)
     else:
         inner = _bfloat16_matmul(x, low_rank.a)
         inner = jax.lax.psum(inner, axis) if whole else inner
@@ -208,4 +207,4 @@ def _bfloat16_matmul(x: Float[Array, "*batch k"], w: Shaped[Array, "k n"]) -> Fl
     if x.dtype != jnp.bfloat16:
         # a bare cast there and back is dropped in some programs and kept in others, which would then differ
         x = jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16)
-    return float32_product(x, w.astype(jnp.bfloat16))
+    return jnp.matmul(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)

@@ -1,14 +1,13 @@
 """The product of quantized activations and a quantized weight, by the kinds that ``linear`` lists."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from fpq_jax._errors import FpqError
-from fpq_jax._matmul.bfloat16_products import float32_product
 from fpq_jax._matmul.fp4_kernel.fragments import Fragments, of_fragments
 from fpq_jax._matmul.fp4_kernel.matmul import matmul
 from fpq_jax._matmul.fp4_kernel.schedule import MOST_TOKENS
@@ -60,8 +59,9 @@ def _product(tokens: QuantizedTokens, q: QTensor | Fragments) -> Float[Array, "*
     q = of_fragments(q)
     kind, activation = product_kind(q), q.spec.activation
     assert activation is not None
+    contract_last = (((tokens.codes.ndim - 1,), (1,)), ((), ()))
     if kind == "int8":
-        return _int8_product(tokens, q)
+        return _int8_product(tokens, q, contract_last)
     q = expand(q) if q.has_fp8_form else q
     if kind == "fp8":
         y = _fp8_dot(tokens.codes, q.codes, q.shape[1])
@@ -71,7 +71,7 @@ def _product(tokens: QuantizedTokens, q: QTensor | Fragments) -> Float[Array, "*
             w = dequantize(q, jnp.bfloat16, low_rank=False).T
         else:
             w = _bfloat16_values(_unpacked(q), q.spec.format, q.zero)[: q.shape[1], : q.shape[0]]
-        y = float32_product(x, w, 1)
+        y = jax.lax.dot_general(x, w, contract_last, preferred_element_type=jnp.float32)
     y = y * tokens.scale
     return y if kind == "dequantized" else y * q.row_scale.T  # a product each: XLA fuses both behind the FP8 matmul
 
@@ -82,19 +82,18 @@ def _fp8_dot(
     """x @ w.T of FP8 codes; ``w`` may be padded with zeros, and is here where it is not."""
     w = pad_to(w, FP8_MULTIPLE, FP8_MULTIPLE)
     rows = pad_to(x.reshape(-1, x.shape[-1]), FP8_MULTIPLE, w.shape[1])
-    y = float32_product(rows, w, 1)
+    y = jax.lax.dot_general(rows, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     *batch, _ = x.shape
     return y[: math.prod(batch), :out_features].reshape(*batch, out_features)
 
 
-def _int8_product(tokens: QuantizedTokens, q: QTensor) -> Float[Array, "*batch out"]:
+def _int8_product(tokens: QuantizedTokens, q: QTensor, contract_last: Any) -> Float[Array, "*batch out"]:
     """Integer codes on both sides, one scale a row."""
     c, a = _int8_codes(tokens.codes, q.spec.activation, tokens.zero)
     m, b = _int8_codes(_unpacked(q), q.spec.format, q.zero)
     # sums of levels less zero points are up to 255 * 255 * K; the codes' own stay in int32 for any K below 131,072
     exact = jnp.int32 if 255 * 255 * q.shape[0] <= _LARGEST_INT32 else jnp.float32
-    dimensions = (((c.ndim - 1,), (1,)), ((), ()))
-    y = jax.lax.dot_general(c, m, dimensions, preferred_element_type=jnp.int32).astype(exact)
+    y = jax.lax.dot_general(c, m, contract_last, preferred_element_type=jnp.int32).astype(exact)
     column_sums = jnp.sum(m, axis=1, dtype=jnp.int32).astype(exact)
     if b is not None:
         y = y + b.T.astype(exact) * jnp.sum(c, axis=-1, keepdims=True, dtype=jnp.int32).astype(exact)
