@@ -223,7 +223,7 @@ def test_every_progress_file_damaged_in_turn(work, half_done, monkeypatch):
     shutil.copytree(half_done, intact)
     facts = json.loads((half_done / "job.json").read_text())["value"]
     files = sorted(path.relative_to(intact) for path in intact.rglob("*") if path.is_file())
-    assert len([f for f in files if f.parts[0] == "progress"]) == 4 and len(files) > 20
+    assert len([f for f in files if f.parts[0] == "progress"]) == 5 and len(files) > 20
     for file in files:
         for damage in ("cut", "changed", "gone"):
             shutil.rmtree(half_done)
@@ -240,7 +240,7 @@ def test_every_progress_file_damaged_in_turn(work, half_done, monkeypatch):
             store.close()
             lost = {"embedding", "layers.0", "layers.1"} - set(store.parts)
             part = file.stem if file.parts[0] == "progress" else file.parts[2] if file.parts[0] == "model" else None
-            assert lost == ({part} - {"original", None}), (file, damage)
+            assert lost == ({part} - {"original", "programs", None}), (file, damage)
             assert (store.measured("original") is None) == (part == "original")
     # with several of them at once the result is what it would have been
     shutil.rmtree(half_done)
