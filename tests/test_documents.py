@@ -42,8 +42,8 @@ def test_other_fields_and_parquet(tmp_path):
     assert read(f"{tmp_path / 'a.jsonl'}:body") == TEXTS
     with pytest.raises(FpqError, match=r'a\.jsonl, line 1, is no JSON object with a "text"'):
         read(tmp_path / "a.jsonl")
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
     parquet.write_table(pyarrow.table({"text": TEXTS, "body": ["x", None, "z"]}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == TEXTS
     with pytest.raises(FpqError, match=r'a\.parquet, row 2, is no JSON object with a "body"'):

@@ -53,7 +53,8 @@ def test_a_folder_without_one_is_said(tmp_path):
 
 def test_sentencepieces_file_alone_is_enough(tmp_path):
     """With the beginning token in front, as LLaMA's tokenizer always had it."""
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and runs away\n" * 20)
     sentencepiece.SentencePieceTrainer.train(

@@ -20,7 +20,7 @@ from fpq_jax._matmul.weight_layouts import is_quantized
 from fpq_jax._numerics.qtensor import QTensor
 from fpq_jax._numerics.qtensor_sharding import shardings_like
 from fpq_jax._storage.digests import Digests, write_digests
-from fpq_jax._storage.orbax_parts import MANIFEST, VERSION, PartsWriter, abstract_part, arrays_of, read_part
+from fpq_jax._storage.orbax_parts import MANIFEST, PARAMS, VERSION, PartsWriter, abstract_part, arrays_of, read_part
 from fpq_jax._support.files import read_json_object, write_json
 from fpq_jax._support.trees import Flat, merge_arrays, named_leaves, split_arrays
 from fpq_jax._transform.quantized import axes_of, is_traced
@@ -52,7 +52,7 @@ def write_tree(folder: Path, tree: Any) -> None:
 
 def is_tree_dir(folder: Path) -> bool:
     """Whether ``write_tree`` wrote this folder."""
-    return _TREE in _manifest(folder) if (folder / MANIFEST).is_file() else False
+    return (folder / MANIFEST).is_file() and (folder / PARAMS / _TREE).is_dir()
 
 
 def read_tree(folder: Path, like: Any, *, verify: bool = True) -> Any:
@@ -64,7 +64,7 @@ def read_tree(folder: Path, like: Any, *, verify: bool = True) -> Any:
     Digests(folder, verify=verify).check(lambda name: True)
     if callable(like) and jax.tree.leaves(like) == [like]:  # an Equinox module is callable too
         like = _made_by(like)
-    manifest = _manifest(folder)
+    manifest = read_json_object(folder / MANIFEST)
     if manifest.get("version") != VERSION:
         raise FpqError(f"{folder} has format version {manifest.get('version')}; this fpq_jax reads version {VERSION}.")
     entry = manifest[_TREE]
@@ -78,10 +78,6 @@ def read_tree(folder: Path, like: Any, *, verify: bool = True) -> Any:
     where = {path: arrays_of(_shardings(stored[path], leaf)) for path, leaf in wanted.items()}
     leaves = read_part(folder, _TREE, entry, lambda path, part: where[path][part])
     return jax.tree.unflatten(structure, [leaves[path or "value"] if is_traced(leaf) else leaf for path, leaf in named])
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    return read_json_object(folder / MANIFEST)
 
 
 def _check(folder: Path, stored: Flat, wanted: Flat) -> None:

@@ -15,21 +15,16 @@ from typing import Any
 from fpq_jax._errors import FpqError
 
 
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds. FpqError, which names it, if it holds anything else."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds. FpqError, which names the file, if it holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FpqError(f"{path} cannot be read: {error.strerror}.") from error
     except RecursionError as error:
         raise FpqError(f"{path} is nested too deeply to be read as JSON.") from error
     except ValueError as error:  # no JSON, no UTF-8, an integer of thousands of digits
         raise FpqError(f"{path} is not valid JSON: {str(error).partition(';')[0]}.") from error
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """``read_json`` of an object."""
-    found = read_json(path)
     if not isinstance(found, dict):
         raise FpqError(f"{path} does not hold a JSON object.")
     return found
